@@ -1,0 +1,135 @@
+"""Strict configuration: field default < YAML file < dotted command-line override.
+
+Every part owns a small frozen `Config` subclass beside its code; a job's config only nests them. Unknown keys stop the run and
+name the nearest valid key. YAML holds values, Python holds logic.
+"""
+
+import argparse
+import difflib
+import sys
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from gpr_dist.errors import ConfigError
+
+
+class Config(BaseModel):
+    """Base of all configs: frozen, unknown keys forbidden, defaults validated too."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+
+
+C = TypeVar("C", bound=Config)
+
+
+def load_config(cls: type[C], path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> C:
+    """Build `cls` from a YAML file and `a.b=value` overrides (values are parsed as YAML scalars).
+
+    Raises: ConfigError listing every problem at once.
+    """
+    values = _read_yaml(path) if path is not None else {}
+    for override in overrides:
+        _apply_override(values, override)
+    return build_config(cls, values, where=str(path) if path else "command line")
+
+
+def build_config(cls: type[C], values: dict[str, Any], where: str) -> C:
+    """Validate a plain dictionary; `where` names its origin in the error message. Raises: ConfigError."""
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        problems = [_explain(cls, problem) for problem in error.errors()]
+        raise ConfigError(f"{where}: " + "; ".join(problems)) from None
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML that `load_config` reads back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def parse_cli(cls: type[C], description: str, default_config: str | Path | None = None, argv: list[str] | None = None,
+              flags: dict[str, str] | None = None) -> tuple[C, argparse.Namespace]:
+    """Command line of every `launch/*.py`: `--config FILE`, `--dry-run`, `--help`, dotted overrides, and extra boolean `flags`.
+
+    Args: flags: option name -> help text, e.g. {"--resume-from-best": "..."}; all are switches.
+    Returns: (config, namespace); `namespace.dry_run` asks the script to check everything and stop.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog="settings (override as key=value):\n" + "\n".join(describe(cls)))
+    parser.add_argument("--config", default=default_config, help=f"YAML file (default: {default_config})")
+    parser.add_argument("--dry-run", action="store_true", help="check and print everything, then stop")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    for name, text in (flags or {}).items():
+        parser.add_argument(name, action="store_true", help=text)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. train.lr=3e-4")
+    args = parser.parse_intermixed_args(sys.argv[1:] if argv is None else argv)
+    return load_config(cls, args.config, args.overrides), args
+
+
+def describe(cls: type[Config], prefix: str = "") -> list[str]:
+    """One line per leaf setting, `key=default  meaning`, in definition order; the text of `--help`."""
+    lines = []
+    for name, field in cls.model_fields.items():
+        nested = _nested_config(field.annotation)
+        if nested is not None:
+            lines += describe(nested, f"{prefix}{name}.")
+        else:
+            default = "(required)" if field.is_required() else field.get_default(call_default_factory=True)
+            lines.append(f"  {prefix}{name}={default}  {' '.join((field.description or '').split())}")
+    return lines
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read config {path}: {error.strerror}") from None
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected `key: value` lines at the top level, found a {type(values).__name__}")
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} is not of the form key=value, e.g. train.lr=3e-4")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        child = values.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {parent} is a single value, it has no settings of its own")
+        values = child
+    value = yaml.safe_load(text) if text else ""
+    if isinstance(value, str):  # YAML 1.1 reads 3e-4 as text; users mean the number
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    values[leaf] = value
+
+
+def _nested_config(annotation: Any) -> type[Config] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Config) else None
+
+
+def _explain(cls: type[Config], problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] != "extra_forbidden":
+        found = problem.get("input")
+        shown = f" (found {found!r})" if not isinstance(found, dict) else ""
+        return f"{key or cls.__name__}: {problem['msg'].removeprefix('Value error, ')}{shown}"
+    owner: type[Config] | None = cls
+    for part in location[:-1]:
+        owner = _nested_config(owner.model_fields[part].annotation) if owner and part in owner.model_fields else None
+    known = list(owner.model_fields) if owner else []
+    near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
+    prefix = ".".join(location[:-1] + [""])
+    return f"unknown key {key}" + (f"; did you mean {prefix}{near[0]}?" if near else "")

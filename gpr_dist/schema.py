@@ -1,0 +1,199 @@
+"""Types shared by the data side and the model side: token types, the journey row, the manifest, the batch.
+
+The two sides meet only here and in the files on disk. Nothing here reads or writes a file except `ShardManifest.load/save`.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from gpr_dist.config import Config, build_config
+from gpr_dist.errors import ConfigError, DataError
+
+# B rows (journey segments)  T packed journey tokens  R requests  N targets (a request, a head and an ad)  L levels
+# P MTP heads  Fu / Fe categorical fields of a U / E token  Nu / Ne U / E tokens
+
+SCHEMA_VERSION = 1
+NO_ITEM = -1
+EVERY_AD = -1  # eligibility group of a request at which every ad of the catalogue may be shown
+
+
+class TokenType(IntEnum):
+    """The four token types of the unified schema (GPR Fig. 2a)."""
+
+    U = 0  # user attributes and long-term preferences
+    O = 1  # noqa: E741  organic content consumed (the paper's letter)
+    E = 2  # environment of one ad request
+    I = 3  # noqa: E741  an ad shown, with its action and value
+
+
+class Action(IntEnum):
+    """What the user did with an item; organic consumption is CONSUME."""
+
+    NONE = 0  # U and E tokens
+    CONSUME = 1
+    IMPRESSION = 2
+    CLICK = 3
+    CONVERSION = 4
+
+
+JOURNEY_SCHEMA = pa.schema([
+    ("user_id", pa.string()),
+    ("num_context", pa.int32()),  # leading tokens that only give history: their ads are targets of an earlier segment
+    ("num_lookahead", pa.int32()),  # trailing I tokens that are labels of the MTP heads only and never model input
+    ("token_type", pa.list_(pa.uint8())),
+    ("block", pa.list_(pa.int32())),  # request block within the row, non-decreasing from 0
+    ("item", pa.list_(pa.int32())),  # catalogue index; NO_ITEM at U and E
+    ("action", pa.list_(pa.uint8())),
+    ("scene", pa.list_(pa.int32())),  # hashed category of where the item was shown or consumed; 0 = unknown
+    ("timestamp", pa.list_(pa.int64())),  # seconds since 1970, non-decreasing
+    ("value", pa.list_(pa.float32())),  # value logged at exposure (eCPM, sales); NaN = not logged
+    ("pctr", pa.list_(pa.float32())),  # logged predictions, needed by VAFT; NaN = not logged
+    ("pcvr", pa.list_(pa.float32())),
+    ("user_features", pa.list_(pa.int32())),  # Fu hashed categories per U token, 31 bits
+    ("env_features", pa.list_(pa.int32())),  # Fe per E token
+    ("eligibility", pa.list_(pa.int32())),  # one per block: row of eligibility.arrow, or EVERY_AD
+])
+"""One row per journey segment. Lists of one row have one entry per token unless said otherwise.
+
+Request t is the block t; its prediction site is the token just before the block's first I token (its E where it has one); all its
+I tokens share that site, so none of them sees another one of its request.
+"""
+
+INDEX_SCHEMA = pa.schema([
+    ("shard", pa.int32()),  # position in manifest.shards
+    ("offset", pa.int64()),  # of the record batch's bytes in the shard file
+    ("num_bytes", pa.int64()),
+    ("checksum", pa.uint64()),  # xxh3_64 of those bytes
+    ("first_row", pa.int64()),  # global row number in the split
+    ("num_rows", pa.int32()),
+])
+"""`index.arrow`: one row per record batch of a split, in file order."""
+
+ROW_STATS = ("num_tokens", "num_targets")
+"""Columns of `rows.npy` (int32, one line per row): tokens fed to the model (without lookahead), and ads that are targets."""
+
+
+class ShardInfo(Config):
+    """One shard file."""
+
+    name: str
+    num_bytes: int
+    num_rows: int
+
+
+class ShardManifest(Config):
+    """`manifest.json` of one split, written last: without it the folder is not a data set."""
+
+    schema_version: int = SCHEMA_VERSION
+    container: str
+    """arrow | webdataset"""
+    compression: str
+    """none | lz4 | zstd, of the buffers inside each record batch"""
+    split: str
+    shards: tuple[ShardInfo, ...]
+    num_rows: int
+    num_tokens: int
+    num_targets: int
+    num_batches: int
+    first_timestamp: int
+    last_timestamp: int
+    user_features: tuple[str, ...]
+    """names of the Fu categorical fields of a U token; empty = journeys without U tokens"""
+    env_features: tuple[str, ...]
+    catalogue_fingerprint: str
+    num_items: int
+    index_checksum: str
+    """sha256 of index.arrow followed by rows.npy"""
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the data and its order: equal for the two containers of the same batches (16 hex digits)."""
+        content = self.model_dump(mode="json", exclude={"shards", "container", "compression", "index_checksum"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def save(self, folder: str | Path) -> None:
+        """Write `manifest.json` atomically."""
+        write_atomic(Path(folder) / "manifest.json", self.model_dump_json(indent=1).encode())
+
+    @classmethod
+    def parse(cls, text: str | bytes, where: str) -> "ShardManifest":
+        """Read manifest text found at `where`. Raises: DataError when it is damaged or of another version."""
+        try:
+            values = json.loads(text)
+            if values.get("schema_version") != SCHEMA_VERSION:
+                raise DataError(f"{where}: schema version {values.get('schema_version')}, this code reads {SCHEMA_VERSION}; rebuild the shards")
+            return build_config(cls, values, where)
+        except (json.JSONDecodeError, AttributeError, ConfigError) as error:
+            raise DataError(f"{where} is damaged ({error}); rebuild the shards with launch/build_data.py") from None
+
+
+@dataclass
+class Batch:
+    """One micro-batch: B journey segments packed end to end, without padding. All tensors; codes are -1 where there is no item."""
+
+    offsets_B1: Tensor  # int64 [B+1], row b holds tokens offsets[b]:offsets[b+1]
+    row_ids_B: Tensor  # int64, global row numbers in the split, for tracing
+    token_type_T: Tensor  # int64
+    block_T: Tensor  # int64, block within the row
+    item_T: Tensor  # int64
+    codes_TL: Tensor  # int64
+    action_T: Tensor  # int64
+    scene_T: Tensor  # int64
+    timestamp_T: Tensor  # int64, seconds
+    value_T: Tensor  # float32, NaN = not logged
+    user_features_UF: Tensor  # int64 [Nu, Fu], in token order
+    env_features_EF: Tensor  # int64 [Ne, Fe]
+    request_token_R: Tensor  # int64, packed position of the prediction site of each request that has targets
+    request_row_R: Tensor  # int64, its row b
+    request_eligibility_R: Tensor  # int64
+    request_time_R: Tensor  # int64, seconds
+    target_request_N: Tensor  # int64 into R
+    target_head_N: Tensor  # int64, 0-based MTP head
+    target_item_N: Tensor  # int64
+    target_codes_NL: Tensor  # int64
+    target_action_N: Tensor  # int64
+    target_value_N: Tensor  # float32
+    target_pctr_N: Tensor  # float32
+    target_pcvr_N: Tensor  # float32
+
+    @property
+    def num_rows(self) -> int:
+        return self.offsets_B1.numel() - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_type_T.numel()
+
+    @property
+    def num_targets(self) -> int:
+        """Targets of head 0, by which the loss is divided: every ad of every request once."""
+        return int((self.target_head_N == 0).sum())
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """A copy on `device`."""
+        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that a crash leaves the old one or the new one, never a part (temporary file, fsync, rename, folder fsync)."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
