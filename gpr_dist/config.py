@@ -5,6 +5,7 @@ name the nearest valid key. YAML holds values, Python holds logic.
 """
 
 import argparse
+import contextlib
 import difflib
 import sys
 from pathlib import Path
@@ -108,10 +109,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         values = child
     value = yaml.safe_load(text) if text else ""
     if isinstance(value, str):  # YAML 1.1 reads 3e-4 as text; users mean the number
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     values[leaf] = value
 
 
@@ -131,5 +130,5 @@ def _explain(cls: type[Config], problem: Any) -> str:
         owner = _nested_config(owner.model_fields[part].annotation) if owner and part in owner.model_fields else None
     known = list(owner.model_fields) if owner else []
     near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
-    prefix = ".".join(location[:-1] + [""])
+    prefix = ".".join([*location[:-1], ""])
     return f"unknown key {key}" + (f"; did you mean {prefix}{near[0]}?" if near else "")

@@ -129,7 +129,8 @@ class ShardManifest(Config):
         try:
             values = json.loads(text)
             if values.get("schema_version") != SCHEMA_VERSION:
-                raise DataError(f"{where}: schema version {values.get('schema_version')}, this code reads {SCHEMA_VERSION}; rebuild the shards")
+                found = values.get("schema_version")
+                raise DataError(f"{where}: schema version {found}, this code reads {SCHEMA_VERSION}; rebuild the shards")
             return build_config(cls, values, where)
         except (json.JSONDecodeError, AttributeError, ConfigError) as error:
             raise DataError(f"{where} is damaged ({error}); rebuild the shards with launch/build_data.py") from None
