@@ -1,0 +1,104 @@
+"""Tokens to vectors: the unified input schema (GPR Fig. 2a, gpr_spec §1).
+
+U and E tokens: an MLP per type over hashed categorical fields. O and I tokens: the sum of their semantic ID's code embeddings plus
+action, scene and logged value. All: token type, calendar and the time since the previous token. Positions are the attention's.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from gpr_dist.config import Config
+from gpr_dist.schema import Action, Batch, TokenType
+
+# T packed tokens  D width  L levels  V codes per level  UF / EF tokens x fields of U / E
+
+NUM_GAP_BUCKETS = 32  # log2 of seconds: bucket 31 is 68 years
+HOURS, WEEKDAYS = 24, 7
+
+
+class EmbeddingConfig(Config):
+    """Input embeddings."""
+
+    feature_buckets: int = 4096
+    """rows of the hashed table shared by all U and E fields"""
+    feature_width: int = 16
+    """width of one categorical field before the type's MLP"""
+    scene_buckets: int = 256
+    """rows of the hashed scene table"""
+
+
+class CodeEmbedding(nn.Module):
+    """One table for the codes of all levels, shared by input tokens and the decoder's inputs (tied)."""
+
+    def __init__(self, num_levels: int, codebook_size: int, width: int) -> None:
+        super().__init__()
+        self.codebook_size = codebook_size
+        self.table = nn.Embedding(num_levels * codebook_size, width)
+        nn.init.normal_(self.table.weight, std=width**-0.5)
+
+    def forward(self, codes_Nl: Tensor, first_level: int = 0) -> Tensor:
+        """Embeddings [N, l, D] of codes [N, l] at levels first_level, first_level+1, …"""
+        level = torch.arange(codes_Nl.shape[1], device=codes_Nl.device) + first_level
+        return self.table(codes_Nl + level * self.codebook_size)
+
+
+class FieldEmbedding(nn.Module):
+    """MLP over the concatenated embeddings of one token type's categorical fields; no fields gives a learned constant."""
+
+    def __init__(self, num_fields: int, config: EmbeddingConfig, width: int) -> None:
+        super().__init__()
+        self.buckets = config.feature_buckets
+        self.constant = nn.Parameter(torch.zeros(width))
+        self.num_fields = num_fields
+        if num_fields:
+            self.table = nn.Embedding(config.feature_buckets, config.feature_width)
+            nn.init.normal_(self.table.weight, std=config.feature_width**-0.5)
+            self.mlp = nn.Sequential(nn.Linear(num_fields * config.feature_width, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, features_UF: Tensor) -> Tensor:
+        if not self.num_fields:
+            return self.constant.expand(features_UF.shape[0], -1)
+        # The field number enters the hash, so that "3" as an age and "3" as a store do not share a row.
+        field = torch.arange(self.num_fields, device=features_UF.device) * 2_654_435_761
+        embedded = self.table((features_UF + field) % self.buckets)
+        return self.mlp(embedded.flatten(1)) + self.constant
+
+
+class TokenEmbedding(nn.Module):
+    """Sum of everything known about a token."""
+
+    def __init__(self, config: EmbeddingConfig, width: int, num_user_features: int, num_env_features: int) -> None:
+        super().__init__()
+        self.scene_buckets = config.scene_buckets
+        self.user = FieldEmbedding(num_user_features, config, width)
+        self.env = FieldEmbedding(num_env_features, config, width)
+        tables = {"type": len(TokenType), "action": len(Action), "scene": config.scene_buckets, "gap": NUM_GAP_BUCKETS,
+                  "hour": HOURS, "weekday": WEEKDAYS}
+        self.tables = nn.ModuleDict({name: nn.Embedding(rows, width) for name, rows in tables.items()})
+        for table in self.tables.values():
+            nn.init.normal_(table.weight, std=0.02)
+        self.value = nn.Linear(2, width)
+
+    def forward(self, batch: Batch, codes: CodeEmbedding) -> Tensor:
+        """Returns: [T, D]."""
+        is_item = (batch.item_T >= 0)[:, None]
+        item = codes(batch.codes_TL.clamp_min(0)).sum(1) * is_item
+        action_scene = self.tables["action"](batch.action_T) + self.tables["scene"](batch.scene_T % self.scene_buckets) * is_item
+        x_TD = item + action_scene + self.tables["type"](batch.token_type_T) + self._time(batch)
+        known = batch.value_T.isfinite()
+        value = torch.stack((batch.value_T.nan_to_num(0.0).clamp_min(0).log1p(), known.float()), dim=1)
+        x_TD = x_TD + self.value(value.to(x_TD.dtype)) * is_item
+        parts = ((TokenType.U, self.user, batch.user_features_UF), (TokenType.E, self.env, batch.env_features_EF))
+        for token_type, embed, features in parts:
+            where = (batch.token_type_T == token_type).nonzero().squeeze(1)
+            x_TD = x_TD.index_add(0, where, embed(features).to(x_TD.dtype))
+        return x_TD
+
+    def _time(self, batch: Batch) -> Tensor:
+        seconds = batch.timestamp_T
+        gap = torch.diff(seconds, prepend=seconds[:1])
+        gap[batch.offsets_B1[:-1]] = 0  # the first token of a row has no predecessor
+        bucket = (gap.clamp_min(0) + 1).double().log2().long().clamp_max(NUM_GAP_BUCKETS - 1)
+        hour = seconds // 3600 % HOURS
+        weekday = seconds // 86_400 % WEEKDAYS
+        return self.tables["gap"](bucket) + self.tables["hour"](hour) + self.tables["weekday"](weekday)

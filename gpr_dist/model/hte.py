@@ -1,0 +1,27 @@
+"""HTE, the Hierarchical Token-wise Evaluator: expected value V_0 … V_L of a prefix of codes (GPR §3.3).
+
+V_l = MLP_l([sg(h); Emb_l(z_l)]), h being the decoder state from which z_l was chosen (V_0 sees the first state alone). Everything it
+reads is detached, so values never disturb the generator. Trained on log1p of the logged value.
+"""
+
+import torch
+from torch import Tensor, nn
+
+# N targets  L levels  D width
+
+
+class HTE(nn.Module):
+    """L+1 small MLPs."""
+
+    def __init__(self, width: int, num_levels: int) -> None:
+        super().__init__()
+        self.root = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
+        self.levels = nn.ModuleList(nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, 1)) for _ in range(num_levels))
+
+    def forward(self, state_NLD: Tensor, code_NLD: Tensor) -> Tensor:
+        """Returns: values [N, L+1] in log1p units of the logged value, float32."""
+        state_NLD, code_NLD = state_NLD.detach(), code_NLD.detach()
+        values = [self.root(state_NLD[:, 0])]
+        for level, mlp in enumerate(self.levels):
+            values.append(mlp(torch.cat((state_NLD[:, level], code_NLD[:, level]), dim=-1)))
+        return torch.cat(values, dim=1).float()

@@ -1,0 +1,47 @@
+"""Stage 1: multi-token prediction (GPR Eq. 3), and the value regression that trains the HTE beside it. Pure functions."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# N targets (request, head, ad)  P MTP heads  L levels  V codes per level
+
+
+def code_nll(logits_NLV: Tensor, codes_NL: Tensor) -> Tensor:
+    """-log p of every true code, float32 nats [N, L]."""
+    return F.cross_entropy(logits_NLV.float().transpose(1, 2), codes_NL, reduction="none")
+
+
+def mtp_loss(nll_NL: Tensor, head_N: Tensor, head_weight_P: Tensor, num_targets: int) -> Tensor:
+    """Multi-token prediction loss (GPR, arXiv 2511.10138, Eq. 3).
+
+        loss = sum_n sum_l head_weight[head_n] * nll_nl / num_targets
+
+    Args:
+        nll_NL: from `code_nll`; nats.
+        head_N: 0-based MTP head of each target.
+        head_weight_P: simplex over heads, sums to 1.
+        num_targets: head-0 targets of the whole step, over all ranks and micro-batches, so that the result does not depend on the split.
+    Returns: this micro-batch's share of the step loss, nats per ad; 0 without targets. The shares of a step sum to its loss.
+    Raises: ValueError if num_targets is not positive.
+    Differs from the paper: divided by num_targets (the paper sums); PAPER.md.
+    """
+    if num_targets <= 0:
+        raise ValueError(f"num_targets must be positive, got {num_targets}; a step without targets should not reach the loss")
+    return (head_weight_P[head_N] * nll_NL.sum(1)).sum() / num_targets
+
+
+def value_loss(values_NL1: Tensor, value_N: Tensor, head_N: Tensor, head_weight_P: Tensor, num_targets: int) -> Tensor:
+    """Regression of every V_0 … V_L on the logged value (gpr_spec §3.3): Huber on log1p, mean over levels.
+
+    Args: value_N: logged value, NaN where it was not logged (such targets count 0). Others as in `mtp_loss`.
+    """
+    known = value_N.isfinite()
+    wanted = value_N.nan_to_num(0.0).clamp_min(0).log1p()[:, None].expand_as(values_NL1)
+    error = F.smooth_l1_loss(values_NL1, wanted, reduction="none").mean(1)
+    return (head_weight_P[head_N] * error * known).sum() / num_targets
+
+
+def uniform_head_weights(num_heads: int, device: torch.device | str = "cpu") -> Tensor:
+    """w_j = 1/P (the paper is silent on the weights)."""
+    return torch.full((num_heads,), 1.0 / num_heads, device=device)
