@@ -110,6 +110,8 @@ class ShardManifest(Config):
     env_features: tuple[str, ...]
     catalogue_fingerprint: str
     num_items: int
+    content_checksum: str
+    """xxh3_128 of the uncompressed record batches: counts alone would not notice edited journeys on resume"""
     index_checksum: str
     """sha256 of index.arrow followed by rows.npy"""
 
