@@ -174,7 +174,7 @@ def write_manifest(folder: str | Path, split: str, user_features: Sequence[str],
         num_tokens=sum(part["num_tokens"] for part in parts), num_targets=sum(part["num_targets"] for part in parts),
         num_batches=sum(part["num_batches"] for part in parts), first_timestamp=min(first, default=0), last_timestamp=max(last, default=0),
         user_features=tuple(user_features), env_features=tuple(env_features), catalogue_fingerprint=catalogue_fingerprint,
-        num_items=num_items, content_checksum=xxhash.xxh3_128_hexdigest("".join(part["content_checksum"] for part in parts)),
+        num_items=num_items, content_checksum=xxhash.xxh3_128_hexdigest("".join(part["content_checksum"] for part in parts).encode()),
         index_checksum=_sha256(folder / "index.arrow", folder / "rows.npy"))
     manifest.save(folder)
     for path in paths:
