@@ -1,0 +1,202 @@
+"""Journey rows to one packed micro-batch: gathers the chosen rows, adds semantic IDs, and lays out requests and MTP targets.
+
+Pure functions over Arrow buffers; a row costs no Python of its own. Which rows belong together is `sampler.py`, reading them is
+`reader.py`. Look-ahead ads are labels and never become input.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from gpr_dist.errors import DataError
+from gpr_dist.schema import Batch, TokenType
+
+# B rows  T packed model tokens  A ads (with look-ahead)  R requests  N targets  L levels  M catalogue items
+
+TOKEN_COLUMNS = ("token_type", "block", "item", "action", "scene", "timestamp", "value", "pctr", "pcvr")
+_INPUT_COLUMNS = TOKEN_COLUMNS[:7]
+_AD_COLUMNS = ("block", "item", "action", "timestamp", "value", "pctr", "pcvr")
+_SIDE_COLUMNS = ("user_features", "env_features", "eligibility")
+
+
+@dataclass(frozen=True)
+class JourneyColumns:
+    """Numpy views of a record batch's buffers. All per-token columns share `token_offsets`; side columns have their own."""
+
+    num_context: np.ndarray
+    num_lookahead: np.ndarray
+    token_offsets: np.ndarray
+    tokens: dict[str, np.ndarray]
+    sides: dict[str, tuple[np.ndarray, np.ndarray]]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.num_context)
+
+    @classmethod
+    def of(cls, batch: pa.RecordBatch) -> "JourneyColumns":
+        """Views of `batch`, which may be a slice. Raises: DataError when the per-token lists of a row differ in length."""
+        offsets = {}
+        values = {}
+        for name in TOKEN_COLUMNS + _SIDE_COLUMNS:
+            column = batch.column(name)
+            offset = column.offsets.to_numpy()  # of the slice; `flatten` cuts the values to the same slice, `values` would not
+            offsets[name] = offset if offset[0] == 0 else offset - offset[0]
+            values[name] = column.flatten().to_numpy(zero_copy_only=True)
+        for name in TOKEN_COLUMNS[1:]:
+            if not np.array_equal(offsets[name], offsets["token_type"]):
+                row = int(np.flatnonzero(offsets[name] != offsets["token_type"])[0]) - 1
+                raise DataError(f"row {row} of a record batch: {name} and token_type differ in length; rebuild the shards")
+        return cls(batch.column("num_context").to_numpy(), batch.column("num_lookahead").to_numpy(), offsets["token_type"],
+                   {name: values[name] for name in TOKEN_COLUMNS}, {name: (offsets[name], values[name]) for name in _SIDE_COLUMNS})
+
+
+def collate(parts: Sequence[tuple[pa.RecordBatch | JourneyColumns, np.ndarray]], row_ids_B: np.ndarray, codes_ML: np.ndarray,
+            num_heads: int, num_user_features: int, num_env_features: int, locate: Callable[[int], str] | None = None) -> Batch:
+    """Pack rows end to end.
+
+    Args:
+        parts: (record batch, row numbers within it); the batch's rows are those of the parts in order. May be empty.
+        row_ids_B: global row number of each row, in the same order; only carried along.
+        codes_ML: semantic ID of each catalogue item, any integer type.
+        num_heads: MTP heads P. Head 0 has every ad of a request as a target; head j ≥ 1 the j-th ad after the request's first
+            one, in the row's order with look-ahead, where there is one (GPR Eq. 3, Fig. 4a).
+        num_user_features, num_env_features: Fu, Fe of the manifest.
+        locate: global row number -> "file, batch, row" for error messages.
+    Returns: Batch with int64 and float32 tensors; targets sorted by head, then by request.
+    Raises: DataError naming row and item for an item outside the catalogue, or a row whose lists do not fit its tokens.
+    """
+    columns = [(part if isinstance(part, JourneyColumns) else JourneyColumns.of(part), np.asarray(rows)) for part, rows in parts]
+    gathered = [_gather(journeys, rows) for journeys, rows in columns if len(rows)] or [_empty()]
+    g = gathered[0] if len(gathered) == 1 else _concatenate(gathered)
+    where = locate or (lambda row: f"row {row}")
+
+    num_rows = len(g["length"])
+    offsets_B1 = np.zeros(num_rows + 1, np.int64)
+    np.cumsum(g["length"], out=offsets_B1[1:])
+    row_of = lambda token: int(row_ids_B[np.searchsorted(offsets_B1, token, side="right") - 1])  # noqa: E731
+    _check_items(g["item"], g["token_type"], len(codes_ML), lambda token: where(row_of(token)))
+    _check_items(g["ad_item"], None, len(codes_ML), lambda ad: where(int(row_ids_B[g["ad_row"][ad]])))
+    _check_side(g["user_features_length"], g["token_type"], offsets_B1, TokenType.U, num_user_features, row_ids_B, where)
+    _check_side(g["env_features_length"], g["token_type"], offsets_B1, TokenType.E, num_env_features, row_ids_B, where)
+
+    # A request's first ad decides: its site is the token before it, so a row that opens with an ad predicts nothing there.
+    ad_row, ad_block, ad_position = g["ad_row"], g["ad_block"], g["ad_position"]
+    num_ads = len(ad_row)
+    is_first_A = np.ones(num_ads, bool)
+    is_first_A[1:] = (ad_row[1:] != ad_row[:-1]) | (ad_block[1:] != ad_block[:-1])
+    first_ad = np.flatnonzero(is_first_A)
+    first_row, first_position = ad_row[first_ad], ad_position[first_ad]
+    predicted = (first_position >= np.maximum(g["num_context"], 1)[first_row]) & (first_position < g["length"][first_row])
+    request_of_block = np.cumsum(predicted) - 1
+    first_ad, request_row_R, first_position = first_ad[predicted], first_row[predicted], first_position[predicted]
+
+    block_of_ad = np.cumsum(is_first_A) - 1
+    of_head_0 = np.flatnonzero(predicted[block_of_ad] & (ad_position < g["length"][ad_row])) if num_ads else np.zeros(0, np.int64)
+    target_ad, target_request, target_head = [of_head_0], [request_of_block[block_of_ad[of_head_0]]], [np.zeros(len(of_head_0), np.int64)]
+    for head in range(1, num_heads):
+        ad = first_ad + head
+        exists = np.flatnonzero((ad < num_ads) & (ad_row[np.minimum(ad, num_ads - 1)] == request_row_R))
+        target_ad.append(ad[exists])
+        target_request.append(exists)
+        target_head.append(np.full(len(exists), head))
+    target_ad = np.concatenate(target_ad)
+
+    eligibility_start = np.cumsum(g["eligibility_length"]) - g["eligibility_length"]
+    request_block_R = ad_block[first_ad]
+    short = np.flatnonzero(request_block_R >= g["eligibility_length"][request_row_R])
+    if len(short):
+        row = request_row_R[short[0]]
+        raise DataError(f"{where(int(row_ids_B[row]))}: {g['eligibility_length'][row]} eligibility groups, but an ad in block "
+                        f"{request_block_R[short[0]]}; rebuild the shards")
+    return Batch(
+        offsets_B1=torch.from_numpy(offsets_B1), row_ids_B=_int64(np.asarray(row_ids_B)), token_type_T=_int64(g["token_type"]),
+        block_T=_int64(g["block"]), item_T=_int64(g["item"]), codes_TL=_codes(g["item"], codes_ML), action_T=_int64(g["action"]),
+        scene_T=_int64(g["scene"]), timestamp_T=_int64(g["timestamp"]), value_T=torch.from_numpy(g["value"]),
+        user_features_UF=_int64(g["user_features"].reshape(-1, num_user_features) if num_user_features else np.zeros((0, 0))),
+        env_features_EF=_int64(g["env_features"].reshape(-1, num_env_features) if num_env_features else np.zeros((0, 0))),
+        request_token_R=_int64(offsets_B1[request_row_R] + first_position - 1), request_row_R=_int64(request_row_R),
+        request_eligibility_R=_int64(g["eligibility"][eligibility_start[request_row_R] + request_block_R]),
+        request_time_R=_int64(g["ad_timestamp"][first_ad]), target_request_N=_int64(np.concatenate(target_request)),
+        target_head_N=_int64(np.concatenate(target_head)), target_item_N=_int64(g["ad_item"][target_ad]),
+        target_codes_NL=_codes(g["ad_item"][target_ad], codes_ML), target_action_N=_int64(g["ad_action"][target_ad]),
+        target_value_N=torch.from_numpy(g["ad_value"][target_ad]), target_pctr_N=torch.from_numpy(g["ad_pctr"][target_ad]),
+        target_pcvr_N=torch.from_numpy(g["ad_pcvr"][target_ad]))
+
+
+def _gather(journeys: JourneyColumns, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """The chosen rows' model tokens, ads and side lists, as flat arrays with lengths."""
+    start = journeys.token_offsets[rows].astype(np.int64)
+    full = journeys.token_offsets[rows + 1] - start
+    length = full - journeys.num_lookahead[rows]
+    full_index = _ranges(start, full)
+    index = full_index if journeys.num_lookahead[rows].max() == 0 else _ranges(start, length)
+    ads = np.flatnonzero(journeys.tokens["token_type"].take(full_index) == TokenType.I)
+    ad_index = full_index.take(ads)
+    full_start = np.cumsum(full) - full
+    ad_row = np.repeat(np.arange(len(rows)), np.diff(np.searchsorted(ads, np.append(full_start, full_start[-1] + full[-1]))))
+    out = {"num_context": journeys.num_context[rows], "length": length, "ad_row": ad_row, "ad_position": ads - full_start[ad_row]}
+    out |= {name: journeys.tokens[name].take(index) for name in _INPUT_COLUMNS}
+    out |= {f"ad_{name}": journeys.tokens[name].take(ad_index) for name in _AD_COLUMNS}
+    for name, (offsets, values) in journeys.sides.items():
+        lengths = offsets[rows + 1] - offsets[rows]
+        out[name], out[f"{name}_length"] = values.take(_ranges(offsets[rows].astype(np.int64), lengths)), lengths
+    return out
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The numbers starts[b] .. starts[b] + lengths[b] - 1 of every b, one after another."""
+    ends = np.cumsum(lengths)
+    index = np.repeat(starts - (ends - lengths), lengths)
+    index += np.arange(len(index))
+    return index
+
+
+def _concatenate(gathered: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    out = {name: np.concatenate([part[name] for part in gathered]) for name in gathered[0]}
+    num_rows = np.array([len(part["length"]) for part in gathered])
+    out["ad_row"] += np.repeat(np.cumsum(num_rows) - num_rows, [len(part["ad_row"]) for part in gathered])
+    return out
+
+
+def _empty() -> dict[str, np.ndarray]:
+    names = ["num_context", "length", "ad_row", "ad_position", *_INPUT_COLUMNS, *_SIDE_COLUMNS]
+    names += [f"ad_{name}" for name in _AD_COLUMNS] + [f"{name}_length" for name in _SIDE_COLUMNS]
+    floats = ("value", "ad_value", "ad_pctr", "ad_pcvr")
+    return {name: np.zeros(0, np.float32 if name in floats else np.int64) for name in names}
+
+
+def _int64(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(values.astype(np.int64))
+
+
+def _codes(item: np.ndarray, codes_ML: np.ndarray) -> torch.Tensor:
+    if len(codes_ML) == 0:
+        return torch.full((len(item), codes_ML.shape[1]), -1)
+    codes = codes_ML.take(item, axis=0, mode="clip").astype(np.int64)
+    codes[item < 0] = -1
+    return torch.from_numpy(codes)
+
+
+def _check_items(item: np.ndarray, token_type: np.ndarray | None, num_items: int, where: Callable[[int], str]) -> None:
+    """O and I tokens (odd types) have an item of the catalogue, U and E tokens none."""
+    wants_item = True if token_type is None else (token_type & 1) == 1
+    wrong = ((item >= 0) != wants_item) | (item >= num_items)
+    if wrong.any():
+        at = int(np.flatnonzero(wrong)[0])
+        kind = "I" if token_type is None else TokenType(int(token_type[at])).name
+        raise DataError(f"{where(at)}: item {item[at]} at a token of type {kind}, but the catalogue has {num_items} items; "
+                        f"these shards belong to another catalogue or tokenizer")
+
+
+def _check_side(lengths: np.ndarray, token_type: np.ndarray, offsets_B1: np.ndarray, kind: TokenType, width: int, row_ids_B: np.ndarray,
+                where: Callable[[int], str]) -> None:
+    counts = np.diff(np.searchsorted(np.flatnonzero(token_type == kind), offsets_B1))
+    wrong = np.flatnonzero(lengths != counts * width)
+    if len(wrong):
+        row = wrong[0]
+        raise DataError(f"{where(int(row_ids_B[row]))}: {lengths[row]} features at {counts[row]} {kind.name} tokens, the manifest "
+                        f"names {width} for each; rebuild the shards")
