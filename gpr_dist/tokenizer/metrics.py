@@ -1,0 +1,153 @@
+"""Quality of semantic IDs (GPR Table 1): how many items share one, how evenly codes are used, how alike the sharers are.
+
+Pure functions of codes, codebooks and embeddings, in bounded memory beside the sort of the packed IDs; embeddings may be memory
+maps. `measure` collects them in the report that is stored with the tokenizer and printed by launch/fit_tokenizer.py.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from gpr_dist.config import Config
+
+# N items  L levels  V codes per level  D embedding dim  G groups: distinct semantic IDs, in the order of their packed keys
+
+_READ_ROWS = 262_144
+_PAS_ITEMS = 2_000_000  # PAS is measured on whole colliding groups of at most about this many items
+
+
+class Groups(NamedTuple):
+    """Items by semantic ID, as CSR: group g holds `items_N[offsets_G1[g]:offsets_G1[g + 1]]`, ascending."""
+
+    keys_G: np.ndarray  # int64, ascending
+    offsets_G1: np.ndarray  # int64 [G+1]
+    items_N: np.ndarray  # int64
+
+
+class TokenizerReport(Config):
+    """Measured on the whole catalogue. Lists have one entry per level."""
+
+    num_items: int
+    num_distinct: int
+    """semantic IDs in use"""
+    collision: float
+    """1 - distinct semantic IDs / items (Table 1)"""
+    not_alone_frac: float
+    """share of the items that share their semantic ID with another item"""
+    largest_group: int
+    """items on the most crowded semantic ID"""
+    cur: tuple[float, ...]
+    """codebook utilisation rate: used codes / V (Table 1)"""
+    entropy_bits: tuple[float, ...]
+    """of the code distribution over items; log2(V) when all codes are equally frequent"""
+    pas: float | None
+    """mean cosine similarity of the item pairs that share a semantic ID (Table 1); none when no two items do"""
+    reconstruction_error: tuple[float, ...]
+    """squared error left after the level / squared distance of the embeddings to their mean (0 = exact, 1 = no better than the mean)"""
+
+
+def measure(embeddings_ND: np.ndarray, codes_NL: np.ndarray, codebooks_LVD: np.ndarray) -> TokenizerReport:
+    """All metrics of one tokenizer on one catalogue."""
+    codebook_size = codebooks_LVD.shape[1]
+    groups = group_items(codes_NL, codebook_size)
+    sizes_G = np.diff(groups.offsets_G1)
+    usage_LV = code_usage(codes_NL, codebook_size)
+    return TokenizerReport(
+        num_items=len(codes_NL),
+        num_distinct=len(sizes_G),
+        collision=1 - len(sizes_G) / len(codes_NL),
+        not_alone_frac=float(sizes_G[sizes_G > 1].sum() / len(codes_NL)),
+        largest_group=int(sizes_G.max()),
+        cur=tuple(float(x) for x in (usage_LV > 0).mean(1)),
+        entropy_bits=tuple(float(x) for x in entropy_bits(usage_LV)),
+        pas=pairwise_similarity(embeddings_ND, groups),
+        reconstruction_error=tuple(float(x) for x in reconstruction_error(embeddings_ND, codes_NL, codebooks_LVD)),
+    )
+
+
+def pack(codes_NL: np.ndarray, codebook_size: int) -> np.ndarray:
+    """One int64 key per semantic ID, sum_l z_l V^(L-l): keys sort as the codes do, so a prefix of codes is a range of keys."""
+    keys_N = np.zeros(len(codes_NL), np.int64)
+    for level in range(codes_NL.shape[1]):
+        keys_N = keys_N * codebook_size + codes_NL[:, level]
+    return keys_N
+
+
+def group_items(codes_NL: np.ndarray, codebook_size: int) -> Groups:
+    """Sort the items by semantic ID."""
+    keys_N = pack(codes_NL, codebook_size)
+    items_N = np.argsort(keys_N, kind="stable")
+    sorted_N = keys_N[items_N]
+    starts_G = np.flatnonzero(np.r_[True, sorted_N[1:] != sorted_N[:-1]]) if len(keys_N) else np.zeros(0, np.int64)
+    return Groups(sorted_N[starts_G], np.r_[starts_G, len(keys_N)], items_N)
+
+
+def code_usage(codes_NL: np.ndarray, codebook_size: int) -> np.ndarray:
+    """Items per code: int64 [L, V]."""
+    return np.stack([np.bincount(codes_NL[:, level], minlength=codebook_size) for level in range(codes_NL.shape[1])])
+
+
+def entropy_bits(usage_LV: np.ndarray) -> np.ndarray:
+    """Shannon entropy of the codes of each level, bits [L]."""
+    p_LV = usage_LV / usage_LV.sum(1, keepdims=True)
+    return -np.sum(p_LV * np.log2(np.where(p_LV > 0, p_LV, 1)), axis=1)
+
+
+def pairwise_similarity(embeddings_ND: np.ndarray, groups: Groups, max_items: int = _PAS_ITEMS, seed: int = 0) -> float | None:
+    """PAS: mean cosine similarity over all pairs of items that share a semantic ID (Table 1); None when there is no such pair.
+
+    Per group of n unit vectors the pairs' cosines sum to (‖Σu‖² - n) / 2, so nothing is quadratic. Embeddings of norm 0 have cosine 0.
+    With more than `max_items` colliding items, a random choice of whole groups stands for all.
+    """
+    sizes_G = np.diff(groups.offsets_G1)
+    shared = np.flatnonzero(sizes_G > 1)
+    if sizes_G[shared].sum() > max_items:
+        shared = np.random.default_rng(seed).permutation(shared)
+        shared = np.sort(shared[:max(1, np.searchsorted(np.cumsum(sizes_G[shared]), max_items, side="right"))])
+    total, num_pairs = 0.0, 0
+    batch_of_group = np.cumsum(sizes_G[shared]) // _READ_ROWS
+    for batch in np.unique(batch_of_group):
+        members = shared[batch_of_group == batch]
+        sizes = sizes_G[members]
+        ends = np.cumsum(sizes)
+        within = np.arange(ends[-1]) - np.repeat(ends - sizes, sizes)
+        items = groups.items_N[np.repeat(groups.offsets_G1[members], sizes) + within]
+        unit_ND = np.asarray(embeddings_ND[items], np.float64)
+        norm_N = np.linalg.norm(unit_ND, axis=1)
+        unit_ND /= np.maximum(norm_N, 1e-30)[:, None]
+        summed_GD = np.add.reduceat(unit_ND, ends - sizes, axis=0)
+        ones_G = np.add.reduceat((norm_N > 0).astype(np.int64), ends - sizes)
+        total += float((np.square(summed_GD).sum(1) - ones_G).sum() / 2)
+        num_pairs += int((sizes * (sizes - 1) // 2).sum())
+    return total / num_pairs if num_pairs else None
+
+
+def reconstruction_error(embeddings_ND: np.ndarray, codes_NL: np.ndarray, codebooks_LVD: np.ndarray) -> np.ndarray:
+    """Share of the embeddings' variance left after each level, Σ‖e - Σ_{k≤l} c^k‖² / Σ‖e - mean‖²: float64 [L], 0 if there is none."""
+    num_levels, _, dim = codebooks_LVD.shape
+    left_L, squared, summed_D = np.zeros(num_levels), 0.0, np.zeros(dim)
+    for lo in range(0, len(embeddings_ND), _READ_ROWS):
+        residual_nD = np.array(embeddings_ND[lo:lo + _READ_ROWS], np.float32)
+        squared += float(np.square(residual_nD, dtype=np.float64).sum())
+        summed_D += residual_nD.sum(0, dtype=np.float64)
+        for level in range(num_levels):
+            residual_nD -= codebooks_LVD[level][codes_NL[lo:lo + _READ_ROWS, level]]
+            left_L[level] += float(np.square(residual_nD).sum(dtype=np.float64))
+    variance = squared - float(np.square(summed_D).sum()) / len(embeddings_ND)
+    return left_L / variance if variance > 0 else left_L
+
+
+def format_report(report: TokenizerReport) -> str:
+    """The report as a small text table."""
+    pas = "none collide" if report.pas is None else f"{report.pas:.4f}"
+    lines = [
+        f"items                  {report.num_items:,}",
+        f"distinct semantic IDs  {report.num_distinct:,}",
+        f"collision              {report.collision:.2%}",
+        f"items not alone        {report.not_alone_frac:.2%}, at most {report.largest_group:,} on one semantic ID",
+        f"PAS                    {pas}",
+        "level   codes used   entropy   error left",
+    ]
+    rows = zip(report.cur, report.entropy_bits, report.reconstruction_error, strict=True)
+    lines += [f"{level:>5}   {cur:>10.2%}   {bits:>7.2f}   {error:>10.4f}" for level, (cur, bits, error) in enumerate(rows, 1)]
+    return "\n".join(lines)
