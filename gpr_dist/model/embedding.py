@@ -72,7 +72,7 @@ class TokenEmbedding(nn.Module):
         self.scene_buckets = config.scene_buckets
         self.user = FieldEmbedding(num_user_features, config, width)
         self.env = FieldEmbedding(num_env_features, config, width)
-        tables = {"type": len(TokenType), "action": len(Action), "scene": config.scene_buckets, "gap": NUM_GAP_BUCKETS,
+        tables = {"token_type": len(TokenType), "action": len(Action), "scene": config.scene_buckets, "gap": NUM_GAP_BUCKETS,
                   "hour": HOURS, "weekday": WEEKDAYS}
         self.tables = nn.ModuleDict({name: nn.Embedding(rows, width) for name, rows in tables.items()})
         for table in self.tables.values():
@@ -84,7 +84,7 @@ class TokenEmbedding(nn.Module):
         is_item = (batch.item_T >= 0)[:, None]
         item = codes(batch.codes_TL.clamp_min(0)).sum(1) * is_item
         action_scene = self.tables["action"](batch.action_T) + self.tables["scene"](batch.scene_T % self.scene_buckets) * is_item
-        x_TD = item + action_scene + self.tables["type"](batch.token_type_T) + self._time(batch)
+        x_TD = item + action_scene + self.tables["token_type"](batch.token_type_T) + self._time(batch)
         known = batch.value_T.isfinite()
         value = torch.stack((batch.value_T.nan_to_num(0.0).clamp_min(0).log1p(), known.float()), dim=1)
         x_TD = x_TD + self.value(value.to(x_TD.dtype)) * is_item

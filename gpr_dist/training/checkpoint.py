@@ -1,0 +1,265 @@
+"""Checkpoints that any world size can read: one safetensors file per rank, an index of flat ranges, a commit marker written last.
+
+Layout of `runs/<name>/step-000100/`:
+    rank-00000.safetensors   "parameter|state|lo|hi" -> float32 [hi - lo], state in engine.STATES; and this rank's RNG state
+    state.json               step counters, loader state, fingerprints, metrics, resolved config
+    manifest.json            every file's size and checksum; written last, by rank 0, after all files are on disk
+
+A rank reads just the ranges it owns. No conversion step, no full copy anywhere, nothing pickled. A folder without a manifest, or
+whose files differ from it, is ignored and named.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from gpr_dist.config import Config
+from gpr_dist.errors import CheckpointError
+from gpr_dist.schema import write_atomic
+from gpr_dist.training.engine import STATES, Engine
+
+FORMAT_VERSION = 1
+STEP_FOLDER = re.compile(r"step-(\d{6,})")
+RNG_KEY = "rng"
+
+
+class CheckpointConfig(Config):
+    """When to save and what to keep."""
+
+    every_steps: int = 500
+    """optimizer steps between checkpoints"""
+    keep_last: int = 3
+    """newest checkpoints kept"""
+    keep_every_steps: int = 0
+    """checkpoints at multiples of this many steps are kept for ever; 0 = none"""
+    keep_best: bool = True
+    """also keep the checkpoint with the lowest validation loss"""
+
+
+@dataclass
+class Restored:
+    """What a checkpoint gives back beside the weights."""
+
+    folder: Path
+    state: dict[str, Any]
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """`run`/step-000100."""
+    return run / f"step-{step:06d}"
+
+
+def save(engine: Engine, run: Path, step: int, state: dict[str, Any]) -> Path:
+    """Write and commit a checkpoint (collective).
+
+    Args: state: plain JSON values: counters, loader state, fingerprints, config.
+    Returns: the committed folder.
+    Raises: CheckpointError on every rank when any rank could not write; the folder is removed and older checkpoints are untouched.
+    """
+    folder = step_folder(run, step)
+    if engine.rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)  # the remains of a save that was killed
+        folder.mkdir(parents=True)
+    engine.barrier()
+    problem = _try(lambda: _write_rank_file(engine, folder))
+    if engine.rank == 0 and not problem:
+        document = {"format_version": FORMAT_VERSION, "step": step, "world_size": engine.world_size, "states": STATES,
+                    "optimizer_step": engine.optimizer_step, "shapes": engine.shapes, **state}
+        problem = _try(lambda: write_atomic(folder / "state.json", json.dumps(document, indent=1).encode()))
+    _raise_together(engine, problem, folder)
+    if engine.rank == 0:  # all files of all ranks are on disk: commit
+        problem = _try(lambda: _commit(folder))
+    _raise_together(engine, problem, folder)
+    return folder
+
+
+def load_latest(engine: Engine, run: Path, expected: dict[str, str]) -> Restored | None:
+    """Resume from the newest complete checkpoint of a run, on any number of ranks (collective).
+
+    Args: expected: fingerprints the checkpoint must carry, e.g. {"tokenizer": "4f2c…"}.
+    Returns: None if the run has no complete checkpoint. Damaged or unfinished ones are reported on stderr and passed over.
+    Raises: CheckpointError when the newest intact checkpoint belongs to another model, tokenizer or data set.
+    """
+    for folder in reversed(list_steps(run)):
+        problem = verify(folder, engine.rank, engine.world_size)
+        if engine.all_reduce(torch.tensor([float(problem is not None)]), "max").item():
+            if problem:
+                print(f"checkpoint {folder} is not usable ({problem}); trying the one before it", file=sys.stderr, flush=True)
+            continue
+        return load(engine, folder, expected)
+    return None
+
+
+def load(engine: Engine, folder: Path, expected: dict[str, str]) -> Restored:
+    """Fill the engine from one complete checkpoint (collective). Raises: CheckpointError on any mismatch, before anything changes."""
+    state = read_state(folder)
+    _check(state, engine, expected, folder)
+    ranges = _index(folder, state["world_size"])
+    files: dict[str, Any] = {}
+    for shard in engine.loadable_shards():
+        for key, target in shard.tensors.items():
+            _fill(target, shard.lo, shard.hi, ranges.get(f"{shard.name}|{key}", []), files, folder, shard.name)
+    engine.finish_loading(state["optimizer_step"])
+    rng_file = folder / rank_file(engine.rank)
+    if rng_file.exists():  # on more ranks than before the new ones keep their seed: masks differ, rows and weights do not
+        torch.set_rng_state(safe_open(rng_file, "pt").get_tensor(RNG_KEY))
+    return Restored(folder, state)
+
+
+def list_steps(run: Path) -> list[Path]:
+    """Step folders of a run, complete or not, oldest first."""
+    folders = [p for p in run.glob("step-*") if STEP_FOLDER.fullmatch(p.name)]
+    return sorted(folders, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def verify(folder: Path, part: int = 0, parts: int = 1) -> str | None:
+    """Check a checkpoint's files against its manifest; with `parts` ranks each reads its share. Returns: what is wrong, or None."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+    except FileNotFoundError:
+        return "it has no manifest.json: the save was interrupted"
+    except (OSError, ValueError) as error:
+        return f"manifest.json is damaged: {error}"
+    for number, (name, entry) in enumerate(sorted(manifest["files"].items())):
+        path = folder / name
+        if not path.exists():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["num_bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, expected {entry['num_bytes']}"
+        if number % parts == part and _checksum(path) != entry["xxh3_128"]:
+            return f"{name} was altered: its checksum is not the one in the manifest"
+    return None
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint. Raises: CheckpointError."""
+    try:
+        state = json.loads((folder / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}/state.json cannot be read ({error}); is {folder} a checkpoint folder?") from None
+    if state.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(f"{folder} has checkpoint format {state.get('format_version')}, this code reads {FORMAT_VERSION}")
+    return state
+
+
+def prune(run: Path, config: CheckpointConfig, best_step: int | None) -> None:
+    """Remove checkpoints that the retention rules do not keep, and unfinished ones older than the newest complete one."""
+    complete = [p for p in list_steps(run) if (p / "manifest.json").exists()]
+    if not complete:
+        return
+    keep = set(complete[-max(1, config.keep_last) :])
+    for folder in complete:
+        step = int(folder.name.removeprefix("step-"))
+        if (config.keep_every_steps and step % config.keep_every_steps == 0) or (config.keep_best and step == best_step):
+            keep.add(folder)
+    for folder in list_steps(run):
+        if folder not in keep and int(folder.name.removeprefix("step-")) < int(complete[-1].name.removeprefix("step-")):
+            (folder / "manifest.json").unlink(missing_ok=True)  # first, so that a kill here leaves no half-removed "complete" folder
+            shutil.rmtree(folder)
+
+
+def rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def iter_weights(folder: Path) -> Any:
+    """Yield (name, float32 tensor in its shape) one parameter at a time, from a checkpoint of any world size; for export and evaluation."""
+    state = read_state(folder)
+    ranges, files = _index(folder, state["world_size"]), {}
+    for name, shape in state["shapes"].items():
+        whole = torch.empty(math.prod(shape))
+        _fill(whole, 0, whole.numel(), ranges.get(f"{name}|param", []), files, folder, name)
+        yield name, whole.view(shape)
+
+
+def _write_rank_file(engine: Engine, folder: Path) -> None:
+    tensors = {}
+    for shard in engine.state_shards():
+        for key, view in shard.tensors.items():
+            tensors[f"{shard.name}|{key}|{shard.lo}|{shard.hi}"] = view.detach().float().cpu().contiguous()
+    tensors[RNG_KEY] = torch.get_rng_state()
+    path = folder / rank_file(engine.rank)
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)  # clones: the views share storage
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _commit(folder: Path) -> None:
+    files = {p.name: {"num_bytes": p.stat().st_size, "xxh3_128": _checksum(p)} for p in sorted(folder.iterdir())}
+    write_atomic(folder / "manifest.json", json.dumps({"files": files}, indent=1).encode())
+
+
+def _checksum(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _index(folder: Path, world_size: int) -> dict[str, list[tuple[int, int, str, str]]]:
+    """"parameter|state" -> its ranges (lo, hi, file, key), read from the headers of the rank files."""
+    ranges: dict[str, list[tuple[int, int, str, str]]] = {}
+    for rank in range(world_size):
+        with safe_open(folder / rank_file(rank), "pt") as file:
+            for key in file.keys():  # noqa: SIM118  safe_open is no dictionary
+                if key != RNG_KEY:
+                    name, state, lo, hi = key.rsplit("|", 3)
+                    ranges.setdefault(f"{name}|{state}", []).append((int(lo), int(hi), rank_file(rank), key))
+    return ranges
+
+
+def _fill(target: torch.Tensor, lo: int, hi: int, ranges: list[tuple[int, int, str, str]], files: dict[str, Any], folder: Path,
+          name: str) -> None:
+    filled = 0
+    for first, last, file_name, key in ranges:
+        a, b = max(lo, first), min(hi, last)
+        if a < b:
+            if file_name not in files:
+                files[file_name] = safe_open(folder / file_name, "pt")
+            target[a - lo : b - lo].copy_(files[file_name].get_slice(key)[a - first : b - first])
+            filled += b - a
+    if filled != hi - lo:
+        raise CheckpointError(f"{folder} holds {filled} of the {hi - lo} elements [{lo}, {hi}) of {name}; the checkpoint is incomplete")
+
+
+def _check(state: dict[str, Any], engine: Engine, expected: dict[str, str], folder: Path) -> None:
+    for kind, wanted in expected.items():
+        found = state.get("fingerprints", {}).get(kind)
+        if found != wanted:
+            raise CheckpointError(f"{folder} was trained with {kind} {found}, this run uses {kind} {wanted}; "
+                                  f"use the same {kind}, or another run name (run.name=…) to start afresh")
+    shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
+    for name in sorted(shapes.keys() | engine.shapes.keys()):
+        if shapes.get(name) != engine.shapes.get(name):
+            raise CheckpointError(f"{folder} has {name} of shape {shapes.get(name)}, the configured model has {engine.shapes.get(name)}; "
+                                  f"use the model settings of {folder}/state.json or another run name")
+
+
+def _try(action: Any) -> str | None:
+    try:
+        action()
+    except Exception as error:  # safetensors raises its own type for a full disk
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _raise_together(engine: Engine, problem: str | None, folder: Path) -> None:
+    """Raise on every rank if any rank has a problem: one that went on alone would wait for the others for ever."""
+    if not engine.all_reduce(torch.tensor([float(problem is not None)]), "max").item():
+        return
+    if engine.rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    reason = problem or "another rank could not write its part"
+    raise CheckpointError(f"saving {folder} failed ({reason}); the checkpoints before it are intact")
