@@ -132,10 +132,11 @@ class ShardWriter:
             return
         ranges = self._file.close()
         shard = ShardInfo(name=self._file.path.name, num_bytes=self._file.path.stat().st_size, num_rows=self._file.num_rows)
-        offset, num_bytes, checksum, num_rows = (np.array(column) for column in zip(*ranges, strict=True))
-        first_row = self._num_rows + np.concatenate([[0], np.cumsum(num_rows)[:-1]])
-        columns = [np.full(len(ranges), len(self._shards)), offset, num_bytes, checksum, first_row, num_rows]
-        self._index.append(pa.record_batch([pa.array(c).cast(f.type) for c, f in zip(columns, INDEX_SCHEMA, strict=True)], INDEX_SCHEMA))
+        offset, num_bytes, checksum, num_rows = zip(*ranges, strict=True)
+        first_row = np.cumsum(num_rows) - num_rows + self._num_rows
+        columns = [[len(self._shards)] * len(ranges), offset, num_bytes, checksum, first_row, num_rows]
+        # typed from Python integers: numpy would make float64 of checksums on both sides of 2^63
+        self._index.append(pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, INDEX_SCHEMA, strict=True)], INDEX_SCHEMA))
         self._shards.append(shard)
         self._num_rows += shard.num_rows
         self._file = None

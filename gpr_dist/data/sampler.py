@@ -1,0 +1,290 @@
+"""Which rows go to which rank at which step: pure arithmetic over the record-batch index and the row statistics.
+
+An epoch permutes the record batches, lays their rows end to end and cuts the sequence into C equal streams. Every stream is dealt
+window by window; step s takes the same number of rows from every stream, and a rank owns a contiguous range of streams. So the rows
+of a step depend on (seed, data, global batch size) and never on the number of ranks, while a rank reads only its own streams. Every
+rank computes the plan of all ranks, because all must run the same number of forwards. Nothing here opens a shard or knows torch.
+"""
+
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from gpr_dist.errors import ConfigError
+
+# C streams  W ranks  n window rows per stream  g rows per stream and step  K rows of a rank in a step
+
+_TAG_EPOCH, _TAG_WINDOW = 0, 1  # separate the random streams drawn from one seed
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all data-parallel processes; a plain value, so that 1,000 ranks are tested without 1,000 processes."""
+
+    rank: int = 0
+    size: int = 1
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.size, (self.rank, self.size)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The numbers that, with the data, fix the order of rows. Only `micro_batch_tokens` may change on resume."""
+
+    seed: int
+    global_batch_size: int
+    """rows per optimizer step over all ranks"""
+    num_streams: int
+    window_rows: int
+    """rows per stream that are shuffled together, a multiple of the rows a step takes from a stream"""
+    micro_batch_tokens: int
+    quadratic_at: int
+    """journey length, in tokens, at which attention costs as much as the rest of the layer"""
+
+    @property
+    def rows_per_stream(self) -> int:
+        return self.global_batch_size // self.num_streams
+
+
+@dataclass(frozen=True)
+class Window:
+    """The rows of all streams for some steps, in the order in which they are dealt."""
+
+    rows_Cn: np.ndarray  # int64 global row numbers, -1 where a stream has ended
+    tokens_Cn: np.ndarray  # int64, 0 where a stream has ended
+
+
+def build_sampling(seed: int, global_batch_size: int, world_size: int, micro_batch_tokens: int, num_streams: int | None = None,
+                   shuffle_rows: int = 256, quadratic_at: int = 4096) -> Sampling:
+    """Check the sizes against each other and fill in the number of streams (the largest divisor of the batch size up to 256).
+
+    Raises: ConfigError naming the nearest valid values.
+    """
+    if num_streams is None:
+        num_streams = max(d for d in range(1, min(256, global_batch_size) + 1) if global_batch_size % d == 0)
+    problems = []
+    if global_batch_size % world_size:
+        problems.append(f"global_batch_size={global_batch_size} is not divisible by the world size {world_size}; "
+                        f"nearest: {_nearest_multiples(global_batch_size, world_size)}")
+    if global_batch_size % num_streams:
+        divisors = _divisors(global_batch_size)
+        nearest = sorted(divisors, key=lambda d: abs(d - num_streams))[:2]
+        problems.append(f"num_streams={num_streams} does not divide global_batch_size={global_batch_size}; nearest: {_either(nearest)}")
+    if world_size > num_streams:
+        enough = [d for d in _divisors(global_batch_size) if d >= world_size]
+        remedy = f"set num_streams={min(enough)}" if enough else f"global_batch_size must be at least {world_size}"
+        problems.append(f"world size {world_size} > num_streams={num_streams}: some ranks would never get a row; {remedy}")
+    if problems:
+        raise ConfigError("; ".join(problems))
+    step_rows = global_batch_size // num_streams
+    window_rows = max(1, round(shuffle_rows / step_rows)) * step_rows
+    return Sampling(seed, global_batch_size, num_streams, window_rows, micro_batch_tokens, quadratic_at)
+
+
+class EpochPlan:
+    """The order of one epoch. Building it costs O(record batches); a window costs O(C n), a step O(rows of the step)."""
+
+    def __init__(self, sampling: Sampling, first_row: np.ndarray, num_rows: np.ndarray, num_tokens: np.ndarray, epoch: int) -> None:
+        """Args: first_row, num_rows: per record batch; num_tokens: per row of the split (may be a memory map); epoch from 0."""
+        self.sampling, self.epoch = sampling, epoch
+        self._num_tokens = num_tokens
+        order = np.random.default_rng([sampling.seed, _TAG_EPOCH, epoch]).permutation(len(num_rows))
+        self._batch_first_row = first_row[order]
+        self._ends = np.cumsum(num_rows[order], dtype=np.int64)
+        total = int(self._ends[-1]) if len(order) else 0
+        self._bounds = np.arange(sampling.num_streams + 1) * total // sampling.num_streams  # streams differ by at most one row
+        longest = int(np.diff(self._bounds).max())
+        self.num_steps = -(-longest // sampling.rows_per_stream)
+        self.num_windows = -(-longest // sampling.window_rows)
+
+    @property
+    def steps_per_window(self) -> int:
+        return self.sampling.window_rows // self.sampling.rows_per_stream
+
+    def window(self, number: int) -> Window:
+        """Window `number` of every stream."""
+        size = self.sampling.window_rows
+        start = np.minimum(self._bounds[:-1] + number * size, self._bounds[1:])
+        count = np.minimum(self._bounds[1:] - start, size)
+        rows_Cn, tokens_Cn = self._rows(start, count)
+        rng = np.random.default_rng([self.sampling.seed, _TAG_WINDOW, self.epoch, number])
+        dealt_Cn = deal(work(tokens_Cn, self.sampling.quadratic_at), count, rng, self.sampling.rows_per_stream)
+        return Window(np.take_along_axis(rows_Cn, dealt_Cn, 1), np.take_along_axis(tokens_Cn, dealt_Cn, 1))
+
+    def step_rows(self, window: Window, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and tokens of a step, int64 [C, g]; `window` is number `step // steps_per_window`. Row -1 has 0 tokens and is no row."""
+        start = step % self.steps_per_window * self.sampling.rows_per_stream
+        columns = slice(start, start + self.sampling.rows_per_stream)
+        return window.rows_Cn[:, columns], window.tokens_Cn[:, columns]
+
+    def _rows(self, start: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows start[c] .. start[c] + count[c] - 1 of the epoch's sequence, as [C, n] padded with row -1 and 0 tokens."""
+        width = int(count.max(initial=0))
+        rows_Cn = np.full((len(start), width), -1)
+        tokens_Cn = np.zeros((len(start), width), np.int64)
+        present_Cn = np.arange(width) < count[:, None]
+        # The record batches each stream's range touches, then the rows of each of those pieces.
+        first = np.searchsorted(self._ends, start, side="right")
+        last = np.searchsorted(self._ends, start + count, side="left")
+        touched = np.where(count > 0, last - first + 1, 0)
+        stream = np.repeat(np.arange(len(start)), touched)
+        batch = np.arange(len(stream)) - np.repeat(np.cumsum(touched) - touched, touched) + first[stream]
+        begin = np.where(batch > 0, self._ends[batch - 1], 0)
+        low = np.maximum(begin, start[stream])
+        high = np.minimum(self._ends[batch], (start + count)[stream])
+        lengths = high - low
+        shift = self._batch_first_row[batch] + (low - begin) - (np.cumsum(lengths) - lengths)
+        rows = np.repeat(shift, lengths) + np.arange(int(lengths.sum()))
+        rows_Cn[present_Cn] = rows
+        tokens_Cn[present_Cn] = self._num_tokens[rows]
+        return rows_Cn, tokens_Cn
+
+
+def work(tokens: np.ndarray, quadratic_at: int) -> np.ndarray:
+    """Cost of a journey in units of one token's linear layers: T (1 + T / quadratic_at)."""
+    return tokens * (1.0 + tokens / quadratic_at)
+
+
+def deal(work_Cn: np.ndarray, count: np.ndarray, rng: np.random.Generator, step_rows: int) -> np.ndarray:
+    """Order each stream's window so that at every step every range of streams has nearly the same work.
+
+    Within a stream, rows are bundled into steps of equal work: heaviest rows first, each to the lightest step so far. Streams with
+    few rows a step are then combined in small groups, the heavy steps of one with the light steps of the other. What inequality is
+    left (journeys heavier than a fair share) is lined up, so that all groups have their heavy steps at the same time; the order of
+    steps is random. Returns: int64 [C, n], positions into the window; the incomplete last step of an epoch comes last.
+    """
+    num_streams, width = work_Cn.shape
+    dealt_Cn = np.tile(np.arange(width), (num_streams, 1))
+    num_steps = int(count.min()) // step_rows
+    if num_steps == 0:
+        return dealt_Cn
+    whole = num_steps * step_rows
+    shuffled_Cn = rng.permuted(dealt_Cn[:, :whole], axis=1)  # rows of equal work in random order
+    heaviest_first = np.argsort(-np.take_along_axis(work_Cn, shuffled_Cn, 1), axis=1, kind="stable")
+    ranked_Cgm = np.take_along_axis(shuffled_Cn, heaviest_first, 1).reshape(num_streams, step_rows, num_steps)
+    bundles_Cgm = np.empty_like(ranked_Cgm)
+    load_Cm = np.zeros((num_streams, num_steps))
+    for ranked_Cm, bundle_Cm in zip(ranked_Cgm.swapaxes(0, 1), bundles_Cgm.swapaxes(0, 1), strict=True):
+        lightest_first = np.argsort(load_Cm, axis=1, kind="stable")
+        np.put_along_axis(bundle_Cm, lightest_first, ranked_Cm, 1)
+        load_Cm += np.take_along_axis(work_Cn, bundle_Cm, 1)
+    order_Cm = _line_up(load_Cm, _group_size(step_rows))[:, rng.permutation(num_steps)]
+    dealt_Cn[:, :whole] = np.take_along_axis(bundles_Cgm, order_Cm[:, None, :], 2).swapaxes(1, 2).reshape(num_streams, whole)
+    return dealt_Cn
+
+
+def _line_up(load_Cm: np.ndarray, group: int) -> np.ndarray:
+    """Order of each stream's steps, int64 [C, m]: within a group loads even out, and every group goes from light to heavy."""
+    order_Cm = np.argsort(load_Cm, axis=1, kind="stable")
+    load_Um = np.take_along_axis(load_Cm, order_Cm, 1)
+    unit_C = np.arange(len(load_Cm))
+    size = 1
+    while size < group and len(load_Um) > 1:
+        second_C = unit_C % 2 == 1
+        order_Cm[second_C] = order_Cm[second_C, ::-1]
+        load_Um[1::2] = load_Um[1::2, ::-1]
+        load_Um = np.add.reduceat(load_Um, np.arange(0, len(load_Um), 2), axis=0)
+        unit_C = unit_C // 2
+        lightest_first = np.argsort(load_Um, axis=1, kind="stable")
+        load_Um = np.take_along_axis(load_Um, lightest_first, 1)
+        order_Cm = np.take_along_axis(order_Cm, lightest_first[unit_C], 1)
+        size *= 2
+    return order_Cm
+
+
+def owned_streams(num_streams: int, world: World) -> slice:
+    """The contiguous range of streams a rank reads."""
+    return slice(world.rank * num_streams // world.size, (world.rank + 1) * num_streams // world.size)
+
+
+def pack_step(rows_Cg: np.ndarray, tokens_Cg: np.ndarray, world: World, micro_batch_tokens: int, quadratic_at: int) -> list[np.ndarray]:
+    """This rank's micro-batches of a step: arrays of global row numbers, equally many on every rank.
+
+    A micro-batch has at most `micro_batch_tokens` tokens, unless a single longer row is alone in it. The number of micro-batches is
+    the smallest found for which the rows of every rank fit; a rank spreads its rows over all of them by work, and may be left with
+    empty ones.
+    """
+    num_streams, step_rows = rows_Cg.shape
+    bounds = np.arange(world.size + 1) * num_streams // world.size
+    per_rank = np.diff(bounds) * step_rows
+    slots_WK = np.arange(per_rank.max()) < per_rank[:, None]
+    tokens_WK = np.zeros(slots_WK.shape, np.int64)
+    tokens_WK[slots_WK] = tokens_Cg.ravel()
+    longest_first_WK = -np.sort(-tokens_WK, axis=1)
+    num_bins = _fewest_bins(longest_first_WK, micro_batch_tokens)
+    while (bins_WK := spread(longest_first_WK, num_bins, micro_batch_tokens, quadratic_at)) is None:
+        num_bins += max(1, num_bins // 32)
+    mine = owned_streams(num_streams, world)
+    rows, tokens = rows_Cg[mine].ravel(), tokens_Cg[mine].ravel()
+    longest_first = np.argsort(-tokens, kind="stable")
+    bins = bins_WK[world.rank, :len(rows)]
+    return [packed[packed >= 0] for packed in (rows[longest_first[bins == number]] for number in range(num_bins))]
+
+
+def spread(tokens_WK: np.ndarray, num_bins: int, budget: int, quadratic_at: int) -> np.ndarray | None:
+    """Bin of every row of every rank, int64 [W, K], such that bins have nearly equal work; None if a bin exceeds the token budget.
+
+    Args: tokens_WK: per rank, longest first; 0 where a rank has no row. A row longer than the budget gets a bin of its own.
+    """
+    num_rows = tokens_WK.shape[1]
+    bins_WK = np.zeros(tokens_WK.shape, np.int64)
+    too_long_W = (tokens_WK > budget).sum(1)
+    for too_long in np.unique(too_long_W):
+        ranks = np.flatnonzero(too_long_W == too_long)
+        shared = num_bins - too_long  # bins for the rows that can share one
+        if shared < 0 or (shared == 0 and tokens_WK[ranks, too_long:].any()):
+            return None
+        bins_WK[ranks, :too_long] = shared + np.arange(too_long)
+        if shared == 0:
+            continue
+        load, used = np.zeros((len(ranks), shared)), np.zeros((len(ranks), shared), np.int64)
+        for start in range(too_long, num_rows, shared):  # one row for each bin: the longest to the lightest
+            tokens = tokens_WK[ranks, start:start + shared]
+            bins = np.argsort(load, axis=1, kind="stable")[:, :tokens.shape[1]]
+            bins_WK[ranks, start:start + shared] = bins
+            for total, added in ((load, work(tokens, quadratic_at)), (used, tokens)):
+                np.put_along_axis(total, bins, np.take_along_axis(total, bins, 1) + added, 1)
+        if used.max() > budget:
+            return None
+    return bins_WK
+
+
+def _fewest_bins(tokens_WK: np.ndarray, budget: int) -> int:
+    """A lower bound on the micro-batches of a step: by volume, and because two rows above half the budget never share one."""
+    too_long_WK = tokens_WK > budget
+    volume_W = too_long_WK.sum(1) - (-np.where(too_long_WK, 0, tokens_WK).sum(1) // budget)
+    return max(1, int(volume_W.max(initial=1)), int((2 * tokens_WK > budget).sum(1).max(initial=1)))
+
+
+def pack_in_order(num_tokens: np.ndarray, budget: int) -> np.ndarray:
+    """Bounds of micro-batches of consecutive rows, each at most `budget` tokens or a single row; int64 [number + 1]."""
+    ends = np.cumsum(num_tokens, dtype=np.int64)
+    bounds = [0]
+    while bounds[-1] < len(ends):
+        used = ends[bounds[-1] - 1] if bounds[-1] else 0
+        bounds.append(max(bounds[-1] + 1, int(np.searchsorted(ends, used + budget, side="right"))))
+    return np.array(bounds)
+
+
+_GROUP_ROWS = 8
+"""Rows a group of streams takes per step at least. Fewer would make whole steps of long or of short journeys; more leaves ranks that
+own only a part of a group unequal work."""
+
+
+def _group_size(step_rows: int) -> int:
+    return max(1, 2 ** int(np.ceil(np.log2(_GROUP_ROWS / step_rows))))
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _nearest_multiples(number: int, of: int) -> str:
+    below = number // of * of
+    return _either([value for value in (below, below + of) if value > 0])
+
+
+def _either(values: list[int]) -> str:
+    return " or ".join(str(value) for value in values)
