@@ -62,8 +62,8 @@ class Eligibility:
         order = np.argsort(groups_N, kind="stable")
         groups, starts = np.unique(groups_N[order], return_index=True)
         found_N = np.zeros(len(groups_N), dtype=bool)
-        for group, rows in zip(groups.tolist(), np.split(order, starts[1:]), strict=True):
-            eligible = self.items(group)
+        for group, first, end in zip(groups.tolist(), starts, np.append(starts, len(order))[1:], strict=True):
+            rows, eligible = order[first:end], self.items(group)
             slot = np.searchsorted(eligible, items_N[rows])
             inside = slot < len(eligible)
             found_N[rows[inside]] = eligible[slot[inside]] == items_N[rows[inside]]

@@ -40,8 +40,8 @@ class BaselineConfig(Config):
     """length of the recent period, days"""
     organic_weight: float = Field(0.1, ge=0)
     """additional weight of every event, ad or organic, dimensionless"""
-    markov_smoothing: float = Field(1.0, gt=0)
-    """pseudo-transitions from every item, distributed like popularity"""
+    markov_smoothing: float = Field(300.0, gt=0)
+    """pseudo-transitions from every item, distributed like popularity; chosen on November of The Complete Journey"""
     markov_items: int = Field(64, ge=1)
     """at most so many items of the user's last earlier moment predict the next ad"""
 

@@ -71,7 +71,7 @@ def evaluate_generation(decode: Decoder, batches: Iterable[Batch], trie: Trie, e
         sums.append(_batch_sums(torch.cat(ranked), groups_R.cpu(), *targets, trie, eligibility, ks))
     total = add_sums(sums)
     reduced = reduce(torch.stack(list(total.values())).to(trie.device), "sum").tolist()
-    metrics = ranking_metrics(dict(zip(total, map(torch.tensor, reduced), strict=True)))
+    metrics = ranking_metrics(dict(zip(total, reduced, strict=True)))
     metrics["eligible_target_frac"] = metrics.pop("eligible_targets") / max(metrics["num_targets"], 1)
     metrics["seconds"] = float(reduce(torch.tensor(time.perf_counter() - started, device=trie.device), "max"))
     metrics["requests_per_s"] = metrics["num_requests"] / metrics["seconds"]

@@ -4,7 +4,7 @@ Every target event counts once: an ad shown twice in one request is two events. 
 not encoded) stays in the denominator.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ def ranking_sums(ranked_RK: Tensor, target_request_N: Tensor, target_item_N: Ten
     return {name: value.double() for name, value in sums.items()}
 
 
-def ranking_metrics(sums: dict[str, Tensor]) -> dict[str, float]:
+def ranking_metrics(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
     """Means per target event of the sums of `ranking_sums` (added up); the counts as they are. NaN without any event.
 
     HitR@K is the share of events whose item is among the first K of its request. NDCG@K has one relevant item per event:
@@ -45,7 +45,7 @@ def ranking_metrics(sums: dict[str, Tensor]) -> dict[str, float]:
     return means | {name: float(value) for name, value in sums.items() if "@" not in name}
 
 
-def add_sums(sums: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def add_sums(sums: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The sum of several batches, name by name."""
     return {name: torch.stack([part[name] for part in sums]).sum() for name in sums[0]}
 

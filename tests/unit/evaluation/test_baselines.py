@@ -1,0 +1,233 @@
+"""The baselines against dictionaries and loops, on random journeys that are cut into overlapping rows as in the shards."""
+
+from collections import Counter, defaultdict
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from gpr_dist.data.eligibility import Eligibility
+from gpr_dist.errors import DataError
+from gpr_dist.evaluation import baselines
+from gpr_dist.evaluation.baselines import (
+    DAY_S,
+    BaselineConfig,
+    evaluate_baselines,
+    popularity,
+    rank_by_markov_chain,
+    rank_by_personal_frequency,
+    rank_by_popularity,
+    read_log,
+)
+from gpr_dist.schema import EVERY_AD, JOURNEY_SCHEMA, NO_ITEM, TokenType
+
+NUM_ITEMS, K = 25, 6
+CUTS = {"train": (0, 60), "validation": (60, 80), "test": (80, 100)}  # days
+CONFIG = BaselineConfig(recent_weight=3, recent_days=15, organic_weight=0.1, markov_smoothing=2.0)
+GROUPS = [[1, 2, 3, 5, 8, 13, 21], [4, 9], [], list(range(0, 25, 2))]
+ADS = [*range(0, 20), 21]
+
+
+def random_users(seed):
+    """user -> requests in time order: (time, group, organic (item, time) strictly earlier, ads)."""
+    rng, users = np.random.default_rng(seed), {}
+    for user in range(12):
+        moments = np.sort(rng.choice(100, rng.integers(2, 12), replace=False)) * DAY_S
+        requests, previous = [], 0
+        for moment in moments.tolist():
+            organic = sorted((int(rng.integers(previous, moment)), int(rng.integers(NUM_ITEMS)))
+                             for _ in range(rng.integers(0, 4)) if moment > previous)
+            ads = rng.choice(ADS, rng.integers(1, 4)).tolist()
+            requests.append((moment, int(rng.integers(-1, len(GROUPS))), [(item, time) for time, item in organic], ads))
+            previous = moment
+        users[f"user-{user}"] = requests
+    return users
+
+
+def tokens_of(request, with_env):
+    moment, _, organic, ads = request
+    env = [(TokenType.E, NO_ITEM, moment)] if with_env else []
+    return [(TokenType.O, item, time) for item, time in organic] + env + [(TokenType.I, item, moment) for item in ads]
+
+
+def to_batches(users, with_env=True, rows_per_batch=5):
+    """Split -> record batches: rows of up to 2 new requests, before them up to 2 requests of history, after them up to 3 ads."""
+    batches = {}
+    for split, (first, last) in CUTS.items():
+        rows = []
+        for user, requests in users.items():
+            mine = [number for number, request in enumerate(requests) if first * DAY_S <= request[0] < last * DAY_S]
+            for start in range(0, len(mine), 2):
+                new = mine[start : start + 2]
+                context = range(max(0, new[0] - 2), new[0])
+                tokens, blocks = [], []
+                for number in [*context, *new]:
+                    block = tokens_of(requests[number], with_env)
+                    tokens, blocks = tokens + block, blocks + [number - context.start] * len(block)
+                num_context = sum(len(tokens_of(requests[number], with_env)) for number in context)
+                later = [(number, token) for number in mine[start + 2 :] for token in tokens_of(requests[number], with_env)]
+                later = [(number, token) for number, token in later if token[0] == TokenType.I][:3]
+                tokens, blocks = tokens + [ad for _, ad in later], blocks + [number - context.start for number, _ in later]
+                groups = [requests[number][1] for number in range(context.start, context.start + blocks[-1] + 1)]
+                rows.append({"user_id": user, "num_context": num_context, "num_lookahead": len(later),
+                             "token_type": [token[0] for token in tokens], "item": [token[1] for token in tokens],
+                             "timestamp": [token[2] for token in tokens], "block": blocks, "eligibility": groups})
+        rows = [{field.name: [] for field in JOURNEY_SCHEMA if pa.types.is_list(field.type)} | row for row in rows]
+        batches[split] = pa.Table.from_pylist(rows, schema=JOURNEY_SCHEMA).to_batches(max_chunksize=rows_per_batch)
+    return batches
+
+
+def events_of(users):
+    for user, requests in users.items():
+        for moment, _, organic, ads in requests:
+            yield from ((user, item, time, False, split_of(moment)) for item, time in organic)
+            yield from ((user, item, moment, True, split_of(moment)) for item in ads)
+
+
+def split_of(moment):
+    return next(split for split, (first, last) in CUTS.items() if first * DAY_S <= moment < last * DAY_S)
+
+
+def eligibility():
+    return Eligibility([np.array(group, dtype=np.int32) for group in GROUPS], np.array(ADS, dtype=np.int32), NUM_ITEMS)
+
+
+def eligible_items(group):
+    return ADS if group == EVERY_AD else GROUPS[group]
+
+
+def ranked_by_key(log, ranked_RK):
+    """(user, time) of each request -> its ranking without padding."""
+    users = log.user_ids[log.request_user_R]
+    assert all((row[np.argmin(row >= 0) :] == -1).all() for row in ranked_RK if (row < 0).any())
+    return {(user, int(time)): row[row >= 0].tolist() for user, time, row in zip(users, log.request_time_R, ranked_RK, strict=True)}
+
+
+def slow_popularity(users, splits=("train", "validation")):
+    counted = [event for event in events_of(users) if event[4] in splits]
+    end, score = max(event[2] for event in counted), Counter()
+    for _, item, time, is_ad, _ in counted:
+        score[item] += 0.1 + is_ad * (1 + 3 * (time > end - 15 * DAY_S))
+    return score
+
+
+def expected_ranking(users, score, split="test"):
+    """score(user, moment, item) -> rankings by score, then popularity, then item."""
+    popular = slow_popularity(users, {"test": ("train", "validation"), "validation": ("train",)}[split])
+    return {(user, moment): sorted(eligible_items(group), key=lambda item, u=user, m=moment:
+                                   (-round(score(u, m, item), 9), -round(popular[item], 9), item))[:K]
+            for user, requests in users.items() for moment, group, organic, ads in requests if split_of(moment) == split}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_log_holds_every_event_and_request_once(seed, split):
+    users = random_users(seed)
+    log = read_log(to_batches(users), split)
+    splits = ["train", "validation", "test"] if split == "test" else ["train", "validation"]
+    found = Counter(zip(log.user_ids[log.user_X], log.item_X.tolist(), log.time_X.tolist(), log.is_ad_X.tolist(), log.is_counted_X.tolist(),
+                        strict=True))
+    assert found == Counter((*event[:4], event[4] != split) for event in events_of(users) if event[4] in splits)
+    keys = list(zip(log.request_user_R.tolist(), log.request_time_R.tolist(), strict=True))
+    assert len(set(keys)) == len(keys)
+    expected = {(user, moment): (group, sorted(ads)) for user, requests in users.items() for moment, group, _, ads in requests
+                if split_of(moment) == split}
+    assert {(log.user_ids[user], time): (int(log.request_group_R[row]), sorted(log.target_item_N[log.target_request_N == row].tolist()))
+            for row, (user, time) in enumerate(keys)} == expected
+
+
+def test_a_request_without_a_prediction_site_is_left_out():
+    users = {"a": [(90 * DAY_S, 0, [], [3]), (91 * DAY_S, 0, [], [5, 5])], "b": [(10 * DAY_S, 0, [(1, 5)], [2])]}
+    log = read_log(to_batches(users, with_env=False))
+    assert log.request_time_R.tolist() == [91 * DAY_S] and log.target_item_N.tolist() == [5, 5] and log.target_request_N.tolist() == [0, 0]
+    assert sorted(log.item_X.tolist()) == [1, 2, 3, 5, 5]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("scores_per_chunk", [1, 1 << 20])
+def test_popularity_and_personal_frequency_equal_counting(seed, scores_per_chunk, monkeypatch):
+    monkeypatch.setattr(baselines, "SCORES_PER_CHUNK", scores_per_chunk)
+    users = random_users(seed)
+    for split in ("test", "validation"):
+        log = read_log(to_batches(users), split)
+        popular = popularity(log, NUM_ITEMS, CONFIG)
+        ranked = ranked_by_key(log, rank_by_popularity(log, eligibility(), popular, K, progress=False))
+        assert ranked == expected_ranking(users, lambda *_: 0, split)
+
+        events = list(events_of(users))
+
+        def met(user, moment, item, events=events):
+            return sum(event[:2] == (user, item) and event[2] < moment for event in events)
+
+        ranked = ranked_by_key(log, rank_by_personal_frequency(log, eligibility(), popular, K, progress=False))
+        assert ranked == expected_ranking(users, met, split)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_markov_chain_equals_counting(seed):
+    users = random_users(seed)
+    history = defaultdict(list)
+    for user, item, time, _, _ in events_of(users):
+        history[user].append((time, item))
+
+    def last_items(user, moment):
+        earlier = [event for event in history[user] if event[0] < moment]
+        latest = max((time for time, _ in earlier), default=None)
+        return [item for time, item in earlier if time == latest]
+
+    transitions = defaultdict(Counter)
+    for user, item, time, is_ad, split in events_of(users):
+        if is_ad and split != "test":
+            for predecessor in last_items(user, time):
+                transitions[predecessor][item] += 1
+    popular = slow_popularity(users)
+
+    def score(user, moment, item):
+        share = popular[item] / sum(popular.values())
+        predecessors = last_items(user, moment)
+        return sum((transitions[p][item] + 2 * share) / (sum(transitions[p].values()) + 2) for p in predecessors) if predecessors else share
+
+    log = read_log(to_batches(users))
+    ranked = rank_by_markov_chain(log, eligibility(), popularity(log, NUM_ITEMS, CONFIG), CONFIG, K, progress=False)
+    assert ranked_by_key(log, ranked) == expected_ranking(users, score)
+
+
+def all_rankings(users):
+    log = read_log(to_batches(users))
+    popular = popularity(log, NUM_ITEMS, CONFIG)
+    return [ranked_by_key(log, ranked) for ranked in (rank_by_popularity(log, eligibility(), popular, K, False),
+                                                      rank_by_personal_frequency(log, eligibility(), popular, K, False),
+                                                      rank_by_markov_chain(log, eligibility(), popular, CONFIG, K, False))]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_events_at_or_after_a_request_change_none_of_its_rankings(seed):
+    users, rng = random_users(seed), np.random.default_rng(99)
+    before = all_rankings(users)
+    moments = sorted({moment for _, moment in before[0]})
+    for now in moments[:: max(1, len(moments) // 4)]:
+        changed = {user: [(moment, group, [(item if time < now else int(rng.integers(NUM_ITEMS)), time) for item, time in organic],
+                           ads if moment < now else rng.choice(ADS, rng.integers(1, 4)).tolist())
+                          for moment, group, organic, ads in requests] for user, requests in users.items()}
+        for one, other in zip(before, all_rankings(changed), strict=True):
+            known = [key for key in one if key[1] <= now]
+            assert known and all(one[key] == other[key] for key in known)
+    earlier = {user: [(moment, group, organic, [(ad + 1) % 20 for ad in ads]) for moment, group, organic, ads in requests]
+               for user, requests in users.items()}
+    assert all(one != other for one, other in zip(before, all_rankings(earlier), strict=True))  # the past does matter
+
+
+def test_metrics_of_all_baselines_under_one_eligibility():
+    log = read_log(to_batches(random_users(0)))
+    results = evaluate_baselines(log, eligibility(), NUM_ITEMS, CONFIG, ks=(2, 5), progress=False)
+    assert list(results) == ["popularity", "personal frequency", "Markov chain"]
+    for metrics in results.values():
+        assert metrics["num_targets"] == len(log.target_item_N) and 0 < metrics["hitr@2"] <= metrics["hitr@5"] < 1
+
+
+def test_missing_splits_and_requests_are_named():
+    batches = to_batches(random_users(0))
+    with pytest.raises(DataError, match="need the splits train, validation, test; missing: validation"):
+        read_log({split: batches[split] for split in ("train", "test")})
+    with pytest.raises(DataError, match="split test holds no request"):
+        read_log(batches | {"test": []})
