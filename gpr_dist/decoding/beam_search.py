@@ -120,11 +120,11 @@ def _legal_children(offset: Tensor, node_N: Tensor, legal: Tensor, group_N: Tens
     owner_M = torch.repeat_interleave(count_N)
     child_M = torch.arange(owner_M.numel(), device=offset.device)
     child_M += (first_N - count_N.cumsum(0) + count_N).index_select(0, owner_M)
+    if legal.all():  # no eligibility: saves a third of the time
+        return owner_M, child_M
     flat_M = (group_N * legal.shape[1]).index_select(0, owner_M).add_(child_M)
     kept = legal.reshape(-1).index_select(0, flat_M).nonzero().squeeze(1)
-    if kept.numel() < owner_M.numel():
-        owner_M, child_M = owner_M.index_select(0, kept), child_M.index_select(0, kept)
-    return owner_M, child_M
+    return owner_M.index_select(0, kept), child_M.index_select(0, kept)
 
 
 def _starts(segment_M: Tensor, num_segments: int) -> Tensor:

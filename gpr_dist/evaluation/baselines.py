@@ -69,7 +69,8 @@ def read_log(batches: Mapping[str, Iterable[pa.RecordBatch]], evaluated: str = "
     Each split lists its own part of a journey once (positions from num_context up to the lookahead), so nothing counts twice.
     Requests without a prediction site have no targets for the model and none here; their events remain history.
 
-    Args: batches: split -> record batches of JOURNEY_SCHEMA. Raises: DataError when a split is missing or has no request.
+    Args: batches: split -> record batches of JOURNEY_SCHEMA, e.g. every `ShardReader.read_batch(number)` of its folder.
+    Raises: DataError when a split is missing or has no request.
     """
     needed = SPLITS[: SPLITS.index(evaluated) + 1]
     if missing := [split for split in needed if split not in batches]:

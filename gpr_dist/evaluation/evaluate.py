@@ -43,7 +43,7 @@ def evaluate_generation(decode: Decoder, batches: Iterable[Batch], trie: Trie, e
 
     Args:
         batches: the evaluated split; every rank must hand in equally many (they may be empty).
-        trie: on the device where the search runs. item_priority: [catalogue items], orders the items of one leaf.
+        trie: on the model's device. item_priority: [catalogue items], orders the items of one leaf.
         chunk_requests: requests decoded together. A batch takes as many chunks as the rank with the most requests in its batch needs.
         all_reduce: adds up or maximises a tensor over the ranks; None in a single process.
     Returns: hitr@k, ndcg@k per target event; num_requests, num_targets; eligible_target_frac: share of targets that could be ranked;
