@@ -48,6 +48,7 @@ class SourceBatch(NamedTuple):
     first_row: int  # 1-based data row of events[0] in `file`
     malformed: int = 0  # rows of the file that could not be split into columns, before or inside this batch
     malformed_shown: tuple[str, ...] = ()
+    problems: tuple[tuple[str, np.ndarray], ...] = ()  # further (reason, mask over events) the source found
 
 
 @dataclass
@@ -96,6 +97,7 @@ def validate_events(batch: SourceBatch, bad_rows: BadRows) -> pa.Table:
     ]
     if "eligibility" in table.column_names:
         problems.append(("unknown eligibility group", _is_null(table["eligibility"])))
+    problems += batch.problems
     bad = np.zeros(table.num_rows, bool)
     found: list[tuple[int, str]] = []
     for reason, mask in problems:
@@ -166,7 +168,8 @@ def event_fingerprint(records: np.ndarray) -> np.ndarray:
 
 def _complete(table: pa.Table) -> pa.Table:
     """Add the optional columns a source left out, and put NaN where a number is null."""
-    for name, fill in (("request_id", None), ("value", np.nan), ("pctr", np.nan), ("pcvr", np.nan), ("scene", None), ("eligibility", EVERY_AD)):
+    defaults = {"request_id": None, "value": np.nan, "pctr": np.nan, "pcvr": np.nan, "scene": None, "eligibility": EVERY_AD}
+    for name, fill in defaults.items():
         kind = EVENT_SCHEMA.field(name).type
         if name not in table.column_names:
             table = table.append_column(name, pa.repeat(pa.scalar(fill, kind), table.num_rows))

@@ -71,8 +71,10 @@ def bucket_of(hashes: np.ndarray, num_buckets: int) -> np.ndarray:
 
 def _offsets_and_bytes(column: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
     """Offsets [n+1] into the bytes, and the bytes followed by 8 zeros so that a word can be read at any offset."""
+    if not len(column):  # pyarrow may then have no buffers at all
+        return np.zeros(1, np.int64), np.zeros(8, np.uint8)
     _, offsets_buffer, data = column.buffers()
-    offsets = np.frombuffer(offsets_buffer, np.int64, len(column) + 1, offset=8 * column.offset) if offsets_buffer else np.zeros(1, np.int64)
+    offsets = np.frombuffer(offsets_buffer, np.int64, len(column) + 1, offset=8 * column.offset)
     first, last = int(offsets[0]), int(offsets[-1])
     padded = np.zeros(last - first + 8, np.uint8)
     if last > first:

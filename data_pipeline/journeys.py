@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 from data_pipeline.events import AD, ORGANIC, event_fingerprint
 from data_pipeline.hashing import combine64
 from gpr_dist.config import Config
+from gpr_dist.errors import ConfigError
 from gpr_dist.schema import JOURNEY_SCHEMA, NO_ITEM, Action, TokenType
 
 SPLITS = ("train", "validation", "test")
@@ -30,7 +31,7 @@ class SplitConfig(Config):
     """Which request belongs to train, validation or test."""
 
     method: Literal["time", "leave_one_out"] = "time"
-    """time: by the dates below; leave_one_out: a user's last request tests, the one before validates (users with fewer than 3 only train)"""
+    """time: by the dates below; leave_one_out: a user's last request tests, the one before validates; users with fewer than 3 only train"""
     validation_from: datetime | None = None
     """first moment of validation, ISO date or time, UTC; none = no validation split"""
     test_from: datetime | None = None
@@ -140,12 +141,16 @@ def build_journeys(events: np.ndarray, items: np.ndarray, users: Users, num_user
         num_user_features: Fu of the data set; 0 = no U tokens.
         counts: receives how many users, requests and organic events were used or left out, and why.
         tokens_per_batch: size of the batches, which changes nothing in their content.
+    Raises: ConfigError when rows would have neither U, E nor history, so that targets were lost.
     """
     requests = _find_requests(events, users, config, counts)
     if not len(requests.time):
         return
     user_tokens = config.user_tokens if num_user_features else "none"
     env_tokens = config.env_tokens and events["env_features"].shape[1] > 0
+    if user_tokens == "none" and not env_tokens and config.context_tokens == 0:
+        raise ConfigError("journeys.context_tokens=0 with neither U nor E tokens: the first ad of a row has no token to be predicted from "
+                          "and would be lost as a target; set context_tokens to at least 1")
     tokens = _lay_out(events, requests, user_tokens == "block", env_tokens)
     for split, name in enumerate(SPLITS):
         segments = _cut(requests, tokens, split, config, row_prefix=int(user_tokens == "row"))
@@ -306,9 +311,11 @@ def _to_rows(events: np.ndarray, items: np.ndarray, users: Users, requests: _Req
     row = np.repeat(np.arange(num_rows), lengths.sum(1))
 
     block = tokens.block[index]
-    first_block, last_block = tokens.block[np.where(context_start < context_end, context_start, target_start)], tokens.block[target_end - 1]
+    first_block = tokens.block[np.where(context_start < context_end, context_start, target_start)]
+    last_block = tokens.block[target_end - 1]
     # Lookahead ads of a request that was cut belong to a later row's piece: they count as further blocks.
-    shift = ((tokens.block[np.minimum(target_end, len(tokens.block) - 1)] == last_block) & (target_end < len(tokens.block)) & (lookahead > 0))
+    goes_on = (target_end < len(tokens.block)) & (tokens.block[np.minimum(target_end, len(tokens.block) - 1)] == last_block)
+    shift = goes_on & (lookahead > 0)
     local_block = block - first_block[row] + (shift[row] & (part == 2))
     offsets = np.concatenate([[0], np.cumsum(lengths.sum(1))])
     num_blocks = local_block[offsets[1:] - 1] + 1

@@ -6,6 +6,7 @@ seeking. Which rows belong together is the caller's matter.
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ class Spill:
         starts = np.concatenate([[0], np.cumsum(np.bincount(partition, minlength=self.num_partitions))])
         path = self.folder / f"{self.name}-{self._num_files:04d}.arrow"
         with pa.ipc.new_file(path, rows.schema) as writer:
-            for first, last in zip(starts[:-1], starts[1:], strict=True):
+            for first, last in pairwise(starts):
                 writer.write_batch(_one_batch(rows.slice(first, last - first)))
         self._num_files += 1
 

@@ -1,0 +1,22 @@
+"""Raw logs → catalogue, eligibility lists and shards.
+
+    python launch/build_data.py --config configs/data/complete_journey.yaml
+    python launch/build_data.py --config configs/data/example_own_logs.yaml num_workers=8 --dry-run
+"""
+
+from data_pipeline.build import BuildConfig, build_data, describe_build
+from gpr_dist.config import parse_cli, to_yaml
+from gpr_dist.errors import run_cli
+
+
+def main() -> None:
+    config, args = parse_cli(BuildConfig, __doc__, default_config="configs/data/complete_journey.yaml")
+    if args.dry_run:
+        print(to_yaml(config))
+        print("\n".join(describe_build(config)))
+        return
+    build_data(config)
+
+
+if __name__ == "__main__":
+    run_cli(main)
