@@ -21,7 +21,7 @@ from gpr_dist.errors import TokenizerError
 # N items or points  D embedding dim  L levels  V codes per level  C candidates of one k-means++ step
 
 _READ_ROWS = 262_144  # rows of the memory map held in memory at once
-_SCORES = {"cpu": 1 << 20, "cuda": 1 << 27}  # point-to-centroid scores held at once; 4 MB stays in a CPU cache
+_SCORES = {"cpu": 1 << 22, "cuda": 1 << 27}  # point-to-centroid scores held at once: 16 MB stay in a CPU cache, more do not
 
 
 class RQKMeansConfig(Config):
