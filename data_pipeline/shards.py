@@ -110,6 +110,8 @@ class ShardWriter:
         write_atomic(stem.with_suffix(".json"), json.dumps(sidecar).encode())
 
     def _write_batch(self, batch: pa.RecordBatch) -> None:
+        # The IPC writer cuts a slice's buffers to 64 bytes only, so that neighbours of the slice would end up in the file; copy it.
+        batch = batch.take(pa.array(np.arange(batch.num_rows)))
         if self._file is None:
             name = f"part-{self.part:05d}-{len(self._shards):04d}{SUFFIX[self.config.container]}"
             kind = _ArrowFile if self.config.container == "arrow" else _TarFile

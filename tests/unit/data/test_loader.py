@@ -1,0 +1,201 @@
+"""Invariants of the streaming loader over real shards."""
+
+import dataclasses
+import itertools
+import json
+import threading
+
+import numpy as np
+import pytest
+import torch
+from journeys_fixture import NUM_ITEMS, random_journeys, write_split
+
+from data_pipeline.shards import ShardConfig
+from gpr_dist.data.loader import LoaderConfig, build_loader, iter_once, prefetch
+from gpr_dist.data.sampler import World
+from gpr_dist.errors import DataError
+
+CODES = np.random.default_rng(0).integers(0, 32, (NUM_ITEMS, 3))
+CONFIG = LoaderConfig(seed=5, global_batch_size=24, num_streams=8, shuffle_rows=12, micro_batch_tokens=300)
+JOURNEYS = random_journeys(403, seed=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("split")
+    write_split(path, JOURNEYS, num_parts=3)
+    return path
+
+
+def loaders(folder, world_size, config=CONFIG):
+    return [build_loader(folder, config, World(rank, world_size), CODES, 4) for rank in range(world_size)]
+
+
+def run(ranks, num_steps):
+    """Sorted row ids of the next steps over all ranks; checks that all ranks agree on position and number of micro-batches."""
+    steps = []
+    for parts in itertools.islice(zip(*ranks, strict=True), num_steps):
+        assert len({(part.epoch, part.step_in_epoch, len(part.micro_batches)) for part in parts}) == 1
+        steps.append(sorted(row for part in parts for batch in part.micro_batches for row in batch.row_ids_B.tolist()))
+    return steps
+
+
+def equal(a, b):
+    return all(torch.equal(torch.nan_to_num(getattr(a, f.name)), torch.nan_to_num(getattr(b, f.name))) for f in dataclasses.fields(a))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+def test_every_row_once_per_epoch_and_steps_alike_for_any_number_of_ranks(folder, world_size):
+    ranks = loaders(folder, world_size)
+    num_steps = ranks[0].steps_per_epoch
+    steps = run(ranks, 2 * num_steps)
+    for epoch in range(2):
+        rows = itertools.chain(*steps[epoch * num_steps:(epoch + 1) * num_steps])
+        assert sorted(rows) == list(range(403))
+    assert steps[:num_steps] != steps[num_steps:]
+    assert steps == run(loaders(folder, 1), 2 * num_steps)
+    assert ranks[0].state_dict()["epoch"] == 2 and ranks[0].state_dict()["step"] == 0
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_a_rank_reads_its_share_only(folder, world_size):
+    config = CONFIG.model_copy(update={"prefetch_steps": 0})
+    for loader in loaders(folder, world_size, config):
+        epoch = itertools.islice(loader, loader.steps_per_epoch)
+        read = set()
+        fetch = loader.reader.read_batch
+        loader.reader.read_batch = lambda number, fetch=fetch, read=read: (read.add(number), fetch(number))[1]
+        assert sum(batch.num_rows for step in epoch for batch in step.micro_batches) in range(403 // world_size - 8, 403 // world_size + 9)
+        streams = 8 // world_size
+        ahead = 2 * streams * 3  # the next epoch's first windows may be on their way
+        assert len(read) <= loader.reader.num_batches / world_size + streams + 1 + ahead
+
+
+def test_first_step_comes_before_a_pass_over_the_data(folder):
+    loader = build_loader(folder, CONFIG.model_copy(update={"prefetch_steps": 0}), World(0, 1), CODES, 4)
+    next(iter(loader))
+    assert loader.reader.num_batches_read < loader.reader.num_batches
+
+
+@pytest.mark.parametrize("before,after", [(1, 1), (2, 1), (1, 4), (4, 8), (3, 2)])
+@pytest.mark.parametrize("stop_at", [1, 7, 17, 20])
+def test_resume_anywhere_on_any_number_of_ranks(folder, before, after, stop_at):
+    straight = run(loaders(folder, 1), stop_at + 20)
+    first = loaders(folder, before)
+    assert run(first, stop_at) == straight[:stop_at]
+    states = [json.loads(json.dumps(loader.state_dict())) for loader in first]
+    assert all(state == states[0] for state in states) and len(states[0]) < 10
+    second = loaders(folder, after)
+    for loader in second:
+        loader.load_state_dict(states[0])
+    assert run(second, 20) == straight[stop_at:]
+
+
+def test_resume_on_the_same_ranks_is_bit_identical(folder):
+    straight = list(itertools.islice(build_loader(folder, CONFIG, World(1, 2), CODES, 4), 12))
+    loader = build_loader(folder, CONFIG, World(1, 2), CODES, 4)
+    loader.load_state_dict({**loader.state_dict(), "epoch": 0, "step": 5})
+    for a, b in zip(straight[5:], loader, strict=False):
+        assert len(a.micro_batches) == len(b.micro_batches)
+        assert all(equal(x, y) for x, y in zip(a.micro_batches, b.micro_batches, strict=True))
+
+
+def test_prefetch_and_threads_change_nothing(folder):
+    plain = build_loader(folder, CONFIG.model_copy(update={"prefetch_steps": 0, "read_threads": 1}), World(), CODES, 4)
+    ahead = build_loader(folder, CONFIG.model_copy(update={"prefetch_steps": 4}), World(), CODES, 4)
+    for a, b in itertools.islice(zip(plain, ahead, strict=False), 20):
+        assert all(equal(x, y) for x, y in zip(a.micro_batches, b.micro_batches, strict=True))
+        assert plain.state_dict() == ahead.state_dict()
+
+
+def test_both_containers_give_the_same_batches(tmp_path):
+    for container in ("arrow", "webdataset"):
+        config = ShardConfig(container=container, compression="zstd", rows_per_batch=8, rows_per_shard=40)
+        write_split(tmp_path / container, JOURNEYS, config, num_parts=2)
+    a, b = (build_loader(tmp_path / container, CONFIG, World(), CODES, 4) for container in ("arrow", "webdataset"))
+    assert a.state_dict() == b.state_dict()  # a run may go on from the other container
+    for x, y in itertools.islice(zip(a, b, strict=False), 8):
+        assert all(equal(*pair) for pair in zip(x.micro_batches, y.micro_batches, strict=True))
+
+
+def test_changed_data_seed_or_batch_size_is_refused(folder, tmp_path):
+    state = loaders(folder, 1)[0].state_dict()
+    rows = JOURNEYS.to_pylist()
+    rows[0]["action"][-1] = 1 + rows[0]["action"][-1] % 4  # same counts, same times: only the content differs
+    edited = type(JOURNEYS).from_pylist(rows, JOURNEYS.schema)
+    write_split(tmp_path, edited, num_parts=3)
+    other = build_loader(tmp_path, CONFIG, World(), CODES, 4)
+    with pytest.raises(DataError, match=rf"fingerprint {state['fingerprint']}, but .* give {other.state_dict()['fingerprint']}"):
+        other.load_state_dict(state)
+    for change in ({"seed": 6}, {"global_batch_size": 48}, {"num_streams": 4}, {"shuffle_rows": 24}):
+        with pytest.raises(DataError, match="cannot resume"):
+            loaders(folder, 1, CONFIG.model_copy(update=change))[0].load_state_dict(state)
+    loaders(folder, 2, CONFIG.model_copy(update={"micro_batch_tokens": 999, "prefetch_steps": 0}))[0].load_state_dict(state)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 40])
+def test_one_pass_sees_every_row_once_in_the_same_batches(folder, world_size):
+    passes = [iter_once(folder, CONFIG, World(rank, world_size), CODES, 4) for rank in range(world_size)]
+    assert len({len(one) for one in passes}) == 1
+    batches = [list(one) for one in passes]
+    assert all(len(b) == len(one) for one, b in zip(passes, batches, strict=True))
+    rows = [row for b in batches for batch in b for row in batch.row_ids_B.tolist()]
+    assert rows == list(range(403))
+    whole = [batch for b in batches for batch in b if batch.num_rows]
+    assert all(equal(*pair) for pair in zip(whole, iter_once(folder, CONFIG, World(), CODES, 4), strict=True))
+    assert all(batch.num_tokens <= 300 or batch.num_rows == 1 for batch in whole)
+    assert sum(batch.num_targets for batch in whole) == passes[0].reader.manifest.num_targets
+    assert sum(batch.num_tokens for batch in whole) == passes[0].reader.manifest.num_tokens
+
+
+def test_one_pass_of_a_part_and_of_nothing(folder, tmp_path):
+    part = iter_once(folder, CONFIG, World(), CODES, 4, max_rows=20)
+    assert [row for batch in part for row in batch.row_ids_B.tolist()] == list(range(20))
+    write_split(tmp_path, JOURNEYS.slice(0, 0), num_parts=1)
+    assert list(iter_once(tmp_path, CONFIG, World(0, 2), CODES, 4)) == []
+    with pytest.raises(DataError, match="has no journeys"):
+        build_loader(tmp_path, CONFIG, World(), CODES, 4)
+
+
+def test_counts_in_the_manifest_are_those_of_the_batches(folder):
+    loader = loaders(folder, 1)[0]
+    for step in itertools.islice(loader, 5):
+        for batch in step.micro_batches:
+            assert batch.num_tokens == loader.reader.num_tokens[batch.row_ids_B].sum()
+            assert batch.num_targets == loader.reader.num_targets[batch.row_ids_B].sum()
+
+
+def test_a_damaged_batch_stops_or_is_skipped_alike(tmp_path):
+    write_split(tmp_path, JOURNEYS)
+    probe = loaders(tmp_path, 1)[0].reader
+    path = tmp_path / probe.manifest.shards[2].name
+    content = bytearray(path.read_bytes())
+    content[int(probe._index["offset"][12]) + 900] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"part-00000-0002.arrow batch 2 is damaged"):
+        run(loaders(tmp_path, 1), 17)
+    skipping = CONFIG.model_copy(update={"on_corrupt": "skip"})
+    one, three = loaders(tmp_path, 1, skipping), loaders(tmp_path, 3, skipping)
+    steps = run(one, one[0].steps_per_epoch)
+    assert steps == run(three, one[0].steps_per_epoch)
+    assert sorted(itertools.chain(*steps)) == [row for row in range(403) if not 96 <= row < 104]
+
+
+def test_codes_of_another_catalogue_are_refused(folder):
+    with pytest.raises(DataError, match=rf"catalogue has {NUM_ITEMS} items, the tokenizer 7"):
+        build_loader(folder, CONFIG, World(), CODES[:7], 4)
+
+
+def test_prefetch_passes_exceptions_on_and_stops_its_thread():
+    def items():
+        yield 1
+        raise DataError("part-3 is gone")
+
+    received = prefetch(items(), 2)
+    assert next(received) == 1
+    with pytest.raises(DataError, match="part-3 is gone"):
+        next(received)
+    endless = prefetch(itertools.count(), 3)
+    assert [next(endless) for _ in range(5)] == [0, 1, 2, 3, 4]
+    endless.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
