@@ -9,7 +9,7 @@ import contextlib
 import difflib
 import sys
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -74,9 +74,9 @@ def describe(cls: type[Config], prefix: str = "") -> list[str]:
     """One line per leaf setting, `key=default  meaning`, in definition order; the text of `--help`."""
     lines = []
     for name, field in cls.model_fields.items():
-        nested = _nested_config(field.annotation)
-        if nested is not None:
-            lines += describe(nested, f"{prefix}{name}.")
+        nested = _nested_configs(field.annotation)
+        if len(nested) == 1 and nested[0] is field.annotation:
+            lines += describe(nested[0], f"{prefix}{name}.")
         else:
             default = "(required)" if field.is_required() else field.get_default(call_default_factory=True)
             lines.append(f"  {prefix}{name}={default}  {' '.join((field.description or '').split())}")
@@ -114,21 +114,37 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     values[leaf] = value
 
 
-def _nested_config(annotation: Any) -> type[Config] | None:
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Config) else None
+def _nested_configs(annotation: Any) -> list[type[Config]]:
+    """Every Config class inside an annotation: itself, or the members of a union, a list or a dictionary."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    return [found for part in get_args(annotation) for found in _nested_configs(part)]
 
 
 def _explain(cls: type[Config], problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
-    key = ".".join(location)
+    owners: list[type[Config]] = [cls]
+    steps = []  # the location without the names of union members, which pydantic puts between the keys
+    for part in location[:-1]:
+        inner = [found for owner in owners if part in owner.model_fields for found in _nested_configs(owner.model_fields[part].annotation)]
+        is_key = part.isdigit() or any(part in owner.model_fields for owner in owners)
+        if not is_key:
+            tagged = [owner for owner in owners if _discriminates(owner, part)]
+            owners = tagged or owners
+            steps += [] if tagged else [part]
+            continue
+        owners = inner or owners
+        steps.append(part)
+    key = ".".join([*steps, *location[-1:]])
     if problem["type"] != "extra_forbidden":
         found = problem.get("input")
         shown = f" (found {found!r})" if not isinstance(found, dict) else ""
         return f"{key or cls.__name__}: {problem['msg'].removeprefix('Value error, ')}{shown}"
-    owner: type[Config] | None = cls
-    for part in location[:-1]:
-        owner = _nested_config(owner.model_fields[part].annotation) if owner and part in owner.model_fields else None
-    known = list(owner.model_fields) if owner else []
+    known = [name for owner in owners for name in owner.model_fields]
     near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
-    prefix = ".".join([*location[:-1], ""])
-    return f"unknown key {key}" + (f"; did you mean {prefix}{near[0]}?" if near else "")
+    return f"unknown key {key}" + (f"; did you mean {'.'.join([*steps, near[0]])}?" if near else "")
+
+
+def _discriminates(owner: type[Config], tag: str) -> bool:
+    """Whether `tag` is the literal value by which a union chooses `owner`."""
+    return any(tag in get_args(field.annotation) for field in owner.model_fields.values() if get_origin(field.annotation) is Literal)

@@ -45,7 +45,7 @@ class FoundFile(NamedTuple):
 
 def find_files(table: TableFiles) -> list[FoundFile]:
     """Files of a table, sorted by path. Raises: DataError when a pattern matches nothing or a file is empty."""
-    found: dict[str, FoundFile] = Field(default_factory=dict)
+    found: dict[str, FoundFile] = {}
     for pattern in [table.path] if isinstance(table.path, str) else table.path:
         fs, path = file_system(pattern)
         matches = [info for info in _match(fs, path) if info.is_file]
@@ -190,10 +190,6 @@ def format_of(path: str, table: TableFiles) -> str:
 
 def _delimiter(file: FoundFile, table: TableFiles) -> str:
     return "\t" if table.delimiter == "," and ".tsv" in file.path.lower() else table.delimiter
-
-
-def _plain_type(kind: pa.DataType) -> pa.DataType:
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def _is_text(kind: pa.DataType) -> bool:
