@@ -5,20 +5,22 @@ Joins the parts and checks that they belong together; the work is done in embedd
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 
+from data_pipeline.catalogue import Catalogue
 from data_pipeline.embeddings import EmbeddingConfig, TextSVD, embed_items, fit_text_svd, read_catalogue
 from gpr_dist.config import Config
 from gpr_dist.errors import DataError, TokenizerError
+from gpr_dist.schema import write_atomic
 from gpr_dist.tokenizer.fit import fit_tokenizer
 from gpr_dist.tokenizer.rq_kmeans import RQKMeansConfig
 from gpr_dist.tokenizer.semantic_ids import SemanticIds
 
 TEXT_SVD = "text_svd"  # attachment: the fitted text encoder
-ITEM_IDS = "item_ids"  # attachment: checksum of the ids of the rows covered, so that an append can prove they are still the same
+PROVENANCE = "provenance"  # attachment: checksum of the ids of the rows covered and the embedding settings, which an append must keep
 
 
 class FitTokenizerConfig(Config):
@@ -34,25 +36,16 @@ class FitTokenizerConfig(Config):
     """how the codebooks are fitted"""
 
 
-@dataclass(frozen=True)
-class CatalogueInfo:
-    """What catalogue.json says."""
-
-    arrow: Path
-    num_items: int
-    fingerprint: str
-
-
 def build_tokenizer(config: FitTokenizerConfig) -> SemanticIds:
     """Embed the catalogue's items, fit the tokenizer, save the bundle in `config.out`.
 
     Raises: DataError for an unusable catalogue or embeddings, TokenizerError when they cannot be tokenised.
     """
-    catalogue = check_catalogue(config.data)
-    text_svd = fit_text_svd(catalogue.arrow, config.embedding) if config.embedding.source == "text_svd" else None
-    embeddings_ND = embed_items(catalogue.arrow, config.embedding, config.data / "embeddings.npy", text_svd)
+    catalogue = open_catalogue(config.data)
+    text_svd = fit_text_svd(catalogue_table(catalogue), config.embedding) if config.embedding.source == "text_svd" else None
+    embeddings_ND = embed_items(catalogue_table(catalogue), config.embedding, config.data / "embeddings.npy", text_svd)
     fitted = fit_tokenizer(embeddings_ND, config.tokenizer, catalogue.fingerprint)
-    attachments = {ITEM_IDS: _save_item_ids(catalogue.arrow, catalogue.num_items, config.out)}
+    attachments = {PROVENANCE: _save_provenance(catalogue, config)}
     if text_svd is not None:
         attachments[TEXT_SVD] = text_svd.save(config.out)
     return replace(fitted, attachments=attachments).save(config.out)
@@ -64,42 +57,49 @@ def append_items(config: FitTokenizerConfig) -> SemanticIds:
     Raises: TokenizerError when the catalogue's first rows are no longer the bundle's items.
     """
     bundle = SemanticIds.load(config.out)
-    catalogue = check_catalogue(config.data)
+    catalogue = open_catalogue(config.data)
+    saved = json.loads((config.out / bundle.attachments[PROVENANCE]).read_text())
     old, new = bundle.num_items, catalogue.num_items
-    if new < old or _item_ids_checksum(catalogue.arrow, old) != (config.out / bundle.attachments[ITEM_IDS]).read_text():
+    found = _provenance(catalogue, old, config)
+    if new < old or found["item_ids"] != saved["item_ids"]:
         raise TokenizerError(f"catalogue {catalogue.fingerprint} ({new} items) does not continue {bundle.catalogue_fingerprint}, whose "
                              f"{old} items {config.out} encodes: rows were changed or removed; fit the tokenizer again without --append")
+    if found["embedding"] != saved["embedding"]:
+        changed = ", ".join(f"embedding.{key}={value} (fitted with {saved['embedding'].get(key)})"
+                            for key, value in found["embedding"].items() if value != saved["embedding"].get(key))
+        raise TokenizerError(f"new items of {config.out} need embeddings made like the old ones; this run has {changed}")
     if new == old:
         return bundle
     text_svd = TextSVD.load(config.out / bundle.attachments[TEXT_SVD]) if TEXT_SVD in bundle.attachments else None
-    if (config.embedding.source == "text_svd") != (text_svd is not None):
-        raise TokenizerError(f"embedding.source={config.embedding.source} is not what tokenizer {config.out} was fitted on; "
-                             "append with embeddings of the same source")
-    embeddings_ND = embed_items(catalogue.arrow, config.embedding, config.data / "embeddings.npy", text_svd)
-    attachments = {**bundle.attachments, ITEM_IDS: _save_item_ids(catalogue.arrow, new, config.out)}
+    embeddings_ND = embed_items(catalogue_table(catalogue), config.embedding, config.data / "embeddings.npy", text_svd)
+    attachments = {**bundle.attachments, PROVENANCE: _save_provenance(catalogue, config)}
     return replace(bundle.append(embeddings_ND[old:], catalogue.fingerprint), attachments=attachments).save(config.out)
 
 
-def check_catalogue(data: Path) -> CatalogueInfo:
-    """Read `catalogue/catalogue.json` and compare it with the table beside it. Raises: DataError."""
-    path = data / "catalogue" / "catalogue.json"
-    try:
-        content = json.loads(path.read_text())
-        info = CatalogueInfo(path.with_name("catalogue.arrow"), int(content["num_items"]), str(content["fingerprint"]))
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist; build the catalogue with launch/build_data.py") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error}); rebuild the catalogue with launch/build_data.py") from None
-    if (found := len(read_catalogue(info.arrow))) != info.num_items:
-        raise DataError(f"{info.arrow} has {found} items, {path} says {info.num_items}; rebuild the catalogue with launch/build_data.py")
-    return info
+def open_catalogue(data: Path) -> Catalogue:
+    """The finished catalogue of a data folder, whose table has the rows its description says. Raises: DataError."""
+    catalogue = Catalogue(data / "catalogue")
+    if (found := len(read_catalogue(catalogue_table(catalogue)))) != catalogue.num_items:
+        raise DataError(f"{catalogue_table(catalogue)} has {found} items, catalogue.json says {catalogue.num_items}; "
+                        "rebuild the catalogue with launch/build_data.py")
+    return catalogue
 
 
-def _save_item_ids(catalogue: Path, num_items: int, folder: Path) -> str:
-    checksum = _item_ids_checksum(catalogue, num_items)
-    name = f"item-ids-{checksum}.txt"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_text(checksum)
+def catalogue_table(catalogue: Catalogue) -> Path:
+    return catalogue.folder / "catalogue.arrow"
+
+
+def _provenance(catalogue: Catalogue, num_items: int, config: FitTokenizerConfig) -> dict:
+    """What the codes were made from; the path of given vectors may change, since a grown catalogue comes with a new file."""
+    return {"item_ids": _item_ids_checksum(catalogue_table(catalogue), num_items),
+            "embedding": config.embedding.model_dump(mode="json", exclude={"path", "max_missing_frac"})}
+
+
+def _save_provenance(catalogue: Catalogue, config: FitTokenizerConfig) -> str:
+    content = json.dumps(_provenance(catalogue, catalogue.num_items, config), indent=1).encode()
+    name = f"provenance-{hashlib.sha256(content).hexdigest()[:16]}.json"
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_atomic(config.out / name, content)
     return name
 
 

@@ -7,7 +7,7 @@
 import time
 from pathlib import Path
 
-from data_pipeline.tokenize_items import FitTokenizerConfig, append_items, build_tokenizer, check_catalogue
+from data_pipeline.tokenize_items import FitTokenizerConfig, append_items, build_tokenizer, open_catalogue
 from gpr_dist.config import parse_cli, to_yaml
 from gpr_dist.errors import run_cli
 from gpr_dist.tokenizer.metrics import format_report
@@ -18,7 +18,7 @@ DEFAULT_CONFIG = Path(__file__).parents[1] / "configs/tokenizer/complete_journey
 
 def main() -> None:
     config, args = parse_cli(FitTokenizerConfig, __doc__, DEFAULT_CONFIG, flags={"--append": "encode new items with the bundle there is"})
-    catalogue = check_catalogue(config.data)
+    catalogue = open_catalogue(config.data)
     device = resolve_device(config.tokenizer.device)
     if args.dry_run:
         print(f"{to_yaml(config)}\n{catalogue.num_items:,} items of catalogue {catalogue.fingerprint}, on {device}")

@@ -13,6 +13,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from data_pipeline import embeddings as module
 from data_pipeline.embeddings import EmbeddingConfig, TextSVD, embed_items, fit_text_svd
+from data_pipeline.hashing import hash_strings
 from data_pipeline.tokenize_items import FitTokenizerConfig, append_items, build_tokenizer
 from gpr_dist.config import build_config
 from gpr_dist.errors import ConfigError, DataError, TokenizerError
@@ -30,7 +31,11 @@ def make_texts(num_items: int, seed: int = 0) -> list[str]:
 def write_catalogue(data: Path, texts: list[str | None], fingerprint: str = "c0ffee", ids: list[str] | None = None) -> Path:
     folder = data / "catalogue"
     folder.mkdir(parents=True, exist_ok=True)
-    table = pa.table({"item_id": pa.array(ids or [f"item-{i}" for i in range(len(texts))]), "text": pa.array(texts, pa.string())})
+    item_ids = pa.array(ids or [f"item-{i}" for i in range(len(texts))])
+    hashes = hash_strings(item_ids)
+    np.save(folder / "hashes.npy", np.sort(hashes))
+    np.save(folder / "indices.npy", np.argsort(hashes).astype(np.int32))
+    table = pa.table({"item_id": item_ids, "text": pa.array(texts, pa.string())})
     with pa.ipc.new_file(str(folder / "catalogue.arrow"), table.schema) as writer:
         writer.write_table(table, max_chunksize=7)
     (folder / "catalogue.json").write_text(json.dumps({"schema_version": 1, "num_items": len(texts), "fingerprint": fingerprint}))
@@ -219,19 +224,20 @@ def test_catalogue_to_bundle_and_appended_items(tmp_path):
     np.testing.assert_array_equal(grown.codes_NL[:60], bundle.codes_NL)
     np.testing.assert_array_equal(grown.codes_NL[60], bundle.codes_NL[7])  # the same text means the same codes
 
+    with pytest.raises(TokenizerError, match=r"embedding.normalize=False \(fitted with True\)"):
+        append_items(tokenizer_config(tmp_path, normalize=False))
     write_catalogue(tmp_path, make_texts(70), "facade", ids=[f"other-{i}" for i in range(70)])
     with pytest.raises(TokenizerError, match=r"facade .* does not continue decade"):
         append_items(config)
 
 
 def test_a_missing_or_contradictory_catalogue_is_refused(tmp_path):
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(DataError, match="no finished catalogue"):
         build_tokenizer(tokenizer_config(tmp_path))
-    catalogue = write_catalogue(tmp_path, make_texts(60))
-    description = catalogue.with_name("catalogue.json")
-    description.write_text(description.read_text().replace("60", "61"))
-    with pytest.raises(DataError, match=r"has 60 items, .* says 61"):
+    table = write_catalogue(tmp_path / "longer", make_texts(61)).read_bytes()
+    write_catalogue(tmp_path, make_texts(60)).write_bytes(table)
+    with pytest.raises(DataError, match=r"has 61 items, .* says 60"):
         build_tokenizer(tokenizer_config(tmp_path))
-    description.write_text("{")
-    with pytest.raises(DataError, match="damaged"):
+    (tmp_path / "catalogue" / "catalogue.arrow").write_bytes(table[:50])
+    with pytest.raises(DataError, match=r"catalogue.arrow cannot be read"):
         build_tokenizer(tokenizer_config(tmp_path))
