@@ -8,9 +8,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 from data_pipeline.catalogue import Catalogue
+from data_pipeline.cooccurrence import CooccurrenceConfig, cooccurrence_svd, join
 from data_pipeline.embeddings import EmbeddingConfig, TextSVD, embed_items, fit_text_svd, read_catalogue
 from gpr_dist.config import Config
 from gpr_dist.errors import DataError, TokenizerError
@@ -32,6 +34,8 @@ class FitTokenizerConfig(Config):
     """folder of the tokenizer bundle"""
     embedding: EmbeddingConfig = EmbeddingConfig()
     """where the item embeddings come from"""
+    cooccurrence: CooccurrenceConfig = CooccurrenceConfig()
+    """what the training journeys add to them"""
     tokenizer: RQKMeansConfig = RQKMeansConfig()
     """how the codebooks are fitted"""
 
@@ -43,7 +47,10 @@ def build_tokenizer(config: FitTokenizerConfig) -> SemanticIds:
     """
     catalogue = open_catalogue(config.data)
     text_svd = fit_text_svd(catalogue_table(catalogue), config.embedding) if config.embedding.source == "text_svd" else None
-    embeddings_ND = embed_items(catalogue_table(catalogue), config.embedding, config.data / "embeddings.npy", text_svd)
+    behaviour = None
+    if config.cooccurrence.dim:
+        behaviour = cooccurrence_svd(config.data / "shards" / "train", catalogue.num_items, config.cooccurrence)
+    embeddings_ND = _embed(catalogue, config, text_svd, config.data / "embeddings.npy", behaviour)
     fitted = fit_tokenizer(embeddings_ND, config.tokenizer, catalogue.fingerprint)
     attachments = {PROVENANCE: _save_provenance(catalogue, config)}
     if text_svd is not None:
@@ -54,6 +61,7 @@ def build_tokenizer(config: FitTokenizerConfig) -> SemanticIds:
 def append_items(config: FitTokenizerConfig) -> SemanticIds:
     """Encode the items the catalogue has gained since the bundle in `config.out` was saved; old codes and codebooks stay.
 
+    New items are encoded by their content; with co-occurrence they are as the items that no journey showed at the fit.
     Raises: TokenizerError when the catalogue's first rows are no longer the bundle's items.
     """
     bundle = SemanticIds.load(config.out)
@@ -64,16 +72,30 @@ def append_items(config: FitTokenizerConfig) -> SemanticIds:
     if new < old or found["item_ids"] != saved["item_ids"]:
         raise TokenizerError(f"catalogue {catalogue.fingerprint} ({new} items) does not continue {bundle.catalogue_fingerprint}, whose "
                              f"{old} items {config.out} encodes: rows were changed or removed; fit the tokenizer again without --append")
-    if found["embedding"] != saved["embedding"]:
-        changed = ", ".join(f"embedding.{key}={value} (fitted with {saved['embedding'].get(key)})"
-                            for key, value in found["embedding"].items() if value != saved["embedding"].get(key))
+    changed = ", ".join(f"{part}.{key}={value} (fitted with {saved[part].get(key)})" for part in ("embedding", "cooccurrence")
+                        for key, value in found[part].items() if value != saved[part].get(key))
+    if changed:
         raise TokenizerError(f"new items of {config.out} need embeddings made like the old ones; this run has {changed}")
     if new == old:
         return bundle
     text_svd = TextSVD.load(config.out / bundle.attachments[TEXT_SVD]) if TEXT_SVD in bundle.attachments else None
-    embeddings_ND = embed_items(catalogue_table(catalogue), config.embedding, config.data / "embeddings.npy", text_svd)
+    embeddings_ND = _embed(catalogue, config, text_svd, config.data / "appended_embeddings.npy", behaviour=None)
     attachments = {**bundle.attachments, PROVENANCE: _save_provenance(catalogue, config)}
     return replace(bundle.append(embeddings_ND[old:], catalogue.fingerprint), attachments=attachments).save(config.out)
+
+
+def _embed(catalogue: Catalogue, config: FitTokenizerConfig, text_svd: TextSVD | None, out: Path,
+           behaviour: tuple[np.ndarray, np.ndarray] | None) -> np.ndarray:
+    """The vectors the codes are made of, in `out`; without `behaviour` every item is as one that no journey shows."""
+    dim = config.cooccurrence.dim
+    if not dim:
+        return embed_items(catalogue_table(catalogue), config.embedding, out, text_svd)
+    content = out.with_name(f"content_{out.name}")
+    content_ND = embed_items(catalogue_table(catalogue), config.embedding, content, text_svd)
+    items_M, vectors_MD = behaviour or (np.zeros(0, np.int64), np.zeros((0, dim), np.float32))
+    joined_ND = join(content_ND, items_M, vectors_MD, config.cooccurrence.content_weight, out)
+    content.unlink()
+    return joined_ND
 
 
 def open_catalogue(data: Path) -> Catalogue:
@@ -92,7 +114,8 @@ def catalogue_table(catalogue: Catalogue) -> Path:
 def _provenance(catalogue: Catalogue, num_items: int, config: FitTokenizerConfig) -> dict:
     """What the codes were made from; the path of given vectors may change, since a grown catalogue comes with a new file."""
     return {"item_ids": _item_ids_checksum(catalogue_table(catalogue), num_items),
-            "embedding": config.embedding.model_dump(mode="json", exclude={"path", "max_missing_frac"})}
+            "embedding": config.embedding.model_dump(mode="json", exclude={"path", "max_missing_frac"}),
+            "cooccurrence": config.cooccurrence.model_dump(mode="json")}
 
 
 def _save_provenance(catalogue: Catalogue, config: FitTokenizerConfig) -> str:

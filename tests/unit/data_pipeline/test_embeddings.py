@@ -12,11 +12,14 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from data_pipeline import embeddings as module
+from data_pipeline.cooccurrence import CooccurrenceConfig
 from data_pipeline.embeddings import EmbeddingConfig, TextSVD, embed_items, fit_text_svd
 from data_pipeline.hashing import hash_strings
+from data_pipeline.shards import ShardConfig, ShardWriter, write_manifest
 from data_pipeline.tokenize_items import FitTokenizerConfig, append_items, build_tokenizer
 from gpr_dist.config import build_config
 from gpr_dist.errors import ConfigError, DataError, TokenizerError
+from gpr_dist.schema import JOURNEY_SCHEMA
 from gpr_dist.tokenizer.rq_kmeans import RQKMeansConfig
 from gpr_dist.tokenizer.semantic_ids import SemanticIds
 
@@ -229,6 +232,32 @@ def test_catalogue_to_bundle_and_appended_items(tmp_path):
     write_catalogue(tmp_path, make_texts(70), "facade", ids=[f"other-{i}" for i in range(70)])
     with pytest.raises(TokenizerError, match=r"facade .* does not continue decade"):
         append_items(config)
+
+
+def test_bundle_with_cooccurrence_encodes_new_items_by_their_content(tmp_path):
+    texts = make_texts(60)
+    write_catalogue(tmp_path, texts)
+    random = np.random.default_rng(0)
+    rows = []
+    for _ in range(50):
+        items = random.integers(50, size=12).tolist()  # items 50..59 are never seen
+        columns = {field.name: [0] * 12 for field in JOURNEY_SCHEMA if pa.types.is_list(field.type)}
+        rows.append(columns | {"user_id": "u", "num_context": 0, "num_lookahead": 0, "token_type": [1] * 12, "item": items,
+                               "user_features": [], "env_features": [], "eligibility": [-1]})
+    with ShardWriter(tmp_path / "shards" / "train", 0, ShardConfig()) as writer:
+        writer.write(pa.RecordBatch.from_pylist(rows, JOURNEY_SCHEMA))
+    write_manifest(tmp_path / "shards" / "train", "train", (), (), "c0ffee", 60)
+    config = tokenizer_config(tmp_path).model_copy(update={"cooccurrence": CooccurrenceConfig(dim=5)})
+    bundle = build_tokenizer(config)
+    vectors = np.load(tmp_path / "embeddings.npy")
+    assert vectors.shape == (60, 11) and not vectors[50:, :5].any() and vectors[:50, :5].any(1).all()
+    np.testing.assert_array_equal(bundle.encode(vectors), bundle.codes_NL)
+
+    write_catalogue(tmp_path, [*texts, texts[55]], "decade")
+    grown = append_items(config)
+    np.testing.assert_array_equal(grown.codes_NL[:60], bundle.codes_NL)
+    np.testing.assert_array_equal(grown.codes_NL[60], bundle.codes_NL[55])  # the same text, and no journey shows either
+    np.testing.assert_array_equal(np.load(tmp_path / "embeddings.npy"), vectors)
 
 
 def test_a_missing_or_contradictory_catalogue_is_refused(tmp_path):
