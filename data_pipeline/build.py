@@ -15,8 +15,8 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from data_pipeline.catalogue import Catalogue, ItemCollector, ItemTableCollector, build_catalogue
 from data_pipeline.events import AD, ITEM_SCHEMA, ORGANIC, BadRows, encode_events, event_dtype, validate_events
-from data_pipeline.hashing import bucket_of, feature_id, hash_strings
+from data_pipeline.hashing import bucket_of, check_collisions, feature_id, hash_strings
 from data_pipeline.journeys import SPLITS, JourneyConfig, Users, build_journeys
 from data_pipeline.shards import ShardConfig, ShardWriter, finished_parts, write_manifest
 from data_pipeline.sources import SourceConfig, open_source
@@ -101,13 +101,14 @@ def build_data(config: BuildConfig) -> Path:
         print(f"{out} is up to date ({summary['rows']} log rows)")
         return out
     plan = _start(config, source, key)
-    bad_rows, counts = _read_logs(config, plan, source)
-    bad_rows.check(config.max_bad_frac)
-    if bad_rows.total == bad_rows.bad:
-        raise DataError(f"the logs of {config.source.format} hold no usable row ({bad_rows.total:,} read); nothing to build")
-    catalogue = _build_catalogue(config, plan, source)
-    _build_eligibility(config, source, catalogue)
-    counts.update(_write_shards(config, plan, catalogue))
+    with _workers(config.num_workers) as pool:
+        bad_rows, counts = _read_logs(config, plan, source, pool)
+        bad_rows.check(config.max_bad_frac)
+        if bad_rows.total == bad_rows.bad:
+            raise DataError(f"the logs of {config.source.format} hold no usable row ({bad_rows.total:,} read); nothing to build")
+        catalogue = _build_catalogue(config, plan, source)
+        _build_eligibility(config, source, catalogue)
+        counts.update(_write_shards(config, plan, pool))
     manifests = {split: write_manifest(out / "shards" / split, split, plan.user_features, plan.env_features, catalogue.fingerprint,
                                        catalogue.num_items) for split in SPLITS}
     _report(bad_rows, counts, catalogue, manifests, time.monotonic() - started)
@@ -162,14 +163,14 @@ def _num_buckets(config: BuildConfig, rows: int) -> int:
 
 # ---------------------------------------------------------------------------------------------------------------- pass 1
 
-def _read_logs(config: BuildConfig, plan: _Plan, source: Source) -> tuple[BadRows, Counter]:
+def _read_logs(config: BuildConfig, plan: _Plan, source: Source, pool: Executor | None) -> tuple[BadRows, Counter]:
     tasks = source.tasks()
     done = config.out / ".build" / "tasks"
     done.mkdir(exist_ok=True)
     left = [task for task in tasks if not (done / f"{task.order:06d}.json").exists()]
     with tqdm(total=sum(task.num_rows for task in tasks), desc="read logs", unit="row", unit_scale=True, mininterval=0.5) as bar:
         bar.update(sum(task.num_rows for task in tasks) - sum(task.num_rows for task in left))
-        for task in _run(config, _read_task, [(config, plan, task) for task in left]):
+        for task in _run(pool, _read_task, [(config, plan, task) for task in left]):
             bar.update(task.num_rows)
     bad_rows, counts = BadRows(), Counter()
     for task in tasks:
@@ -197,7 +198,8 @@ def _read_task(config: BuildConfig, plan: _Plan, task: Task) -> Task:
         bucket = bucket_of(records["user"], plan.num_buckets)
         events.add(bucket, records_to_table(records))
         items.add(rows["item_id"], records["item"], records["kind"], records["timestamp"])
-        new = seen.first_sightings(records["user"])
+        check_collisions(rows["user_id"], records["user"], "user")
+        new = seen.first_sightings(records["user"], rows["user_id"])
         users.add(bucket[new], pa.table([records["user"][new], rows["user_id"].take(pa.array(new)).cast(pa.string())], schema=_USER_IDS))
         counts["ad events"] += int((records["kind"] == AD).sum())
         counts["organic events"] += int((records["kind"] == ORGANIC).sum())
@@ -209,14 +211,18 @@ def _read_task(config: BuildConfig, plan: _Plan, task: Task) -> Task:
 
 
 class _Distinct:
-    """Remembers which hashes it has met, within a memory limit: past it, it forgets and repeats itself, which costs space only."""
+    """Remembers which ids it has met, within a memory limit: past it, it forgets and repeats itself, which costs space only.
+
+    It knows an id by a second hash, so that another id with the same first hash still comes out and is found by `_users`.
+    """
 
     def __init__(self, limit_bytes: int):
         self._limit, self._known = max(1, limit_bytes // 8), np.zeros(0, np.uint64)
 
-    def first_sightings(self, hashes: np.ndarray) -> np.ndarray:
-        """Positions of hashes not met before, each once."""
-        distinct, first = np.unique(hashes, return_index=True)
+    def first_sightings(self, hashes: np.ndarray, ids: pa.ChunkedArray) -> np.ndarray:
+        """Positions of ids not met before, each once."""
+        _, first = np.unique(hashes, return_index=True)
+        distinct = hash_strings(ids.take(pa.array(first)), salt="check")
         if len(self._known):
             at = np.minimum(np.searchsorted(self._known, distinct), len(self._known) - 1)
             new = self._known[at] != distinct
@@ -314,7 +320,7 @@ def _indices(catalogue: Catalogue, item_ids: pa.ChunkedArray) -> np.ndarray:
 
 # ---------------------------------------------------------------------------------------------------------------- pass 2
 
-def _write_shards(config: BuildConfig, plan: _Plan, catalogue: Catalogue) -> Counter:
+def _write_shards(config: BuildConfig, plan: _Plan, pool: Executor | None) -> Counter:
     folders = [config.out / "shards" / split for split in SPLITS]
     done = config.out / ".build" / "buckets"
     done.mkdir(exist_ok=True)
@@ -322,7 +328,7 @@ def _write_shards(config: BuildConfig, plan: _Plan, catalogue: Catalogue) -> Cou
                                  for folder in folders))
     left = [bucket for bucket in range(plan.num_buckets) if bucket not in written or not (done / f"{bucket:06d}.json").exists()]
     with tqdm(total=plan.num_buckets, initial=plan.num_buckets - len(left), desc="journeys", unit="bucket", mininterval=0.5) as bar:
-        for _ in _run(config, _write_bucket, [(config, plan, bucket) for bucket in left]):
+        for _ in _run(pool, _write_bucket, [(config, plan, bucket) for bucket in left]):
             bar.update()
     counts = Counter()
     for bucket in range(plan.num_buckets):
@@ -376,11 +382,8 @@ def _users(work: Path, bucket: int, part: int, num_parts: int, num_buckets: int,
     if num_parts > 1:
         mine = np.flatnonzero(_in_part(hashes, part, num_parts, num_buckets))
         hashes, ids = hashes[mine], ids.take(pa.array(mine))
-    distinct, first, which = np.unique(hashes, return_index=True, return_inverse=True)
-    clash = np.flatnonzero(pc.not_equal(ids, ids.take(pa.array(first[which]))).to_numpy(zero_copy_only=False))
-    if len(clash):
-        one, other = ids[int(clash[0])].as_py(), ids[int(first[which[clash[0]]])].as_py()
-        raise DataError(f"user ids {one!r} and {other!r} have the same 64-bit hash; rename one of them in the logs")
+    check_collisions(ids, hashes, "user")
+    distinct, first = np.unique(hashes, return_index=True)
     profiles = np.zeros((len(distinct), num_features), np.int32)
     if num_features and len(distinct):
         dtype = _profile_dtype(num_features)
@@ -414,18 +417,26 @@ def _open_once(config: BuildConfig) -> Source:
     return _opened[key]
 
 
-def _run(config: BuildConfig, work: Callable[..., Any], arguments: list[tuple]) -> Iterator[Any]:
-    """work(*a) for every a, in processes if asked for; results as they come, in order."""
-    if config.num_workers == 1 or len(arguments) <= 1:
-        yield from (work(*a) for a in arguments)
+@contextmanager
+def _workers(num_workers: int) -> Iterator[Executor | None]:
+    """Processes for both passes; None = work in this one. A failure or Ctrl-C drops what has not begun."""
+    if num_workers == 1:
+        yield None
         return
     context = multiprocessing.get_context("spawn")  # fork would copy locks held by the threads of pyarrow and polars
-    with ProcessPoolExecutor(min(config.num_workers, len(arguments)), mp_context=context) as pool:
+    with ProcessPoolExecutor(num_workers, mp_context=context) as pool:
         try:
-            yield from pool.map(work, *zip(*arguments, strict=True))
+            yield pool
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _run(pool: Executor | None, work: Callable[..., Any], arguments: list[tuple]) -> Iterator[Any]:
+    """work(*a) for every a; results in order."""
+    if pool is None or not arguments:
+        return (work(*a) for a in arguments)
+    return pool.map(work, *zip(*arguments, strict=True))
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

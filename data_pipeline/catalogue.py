@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_pipeline.events import AD
-from data_pipeline.hashing import StringColumn, bucket_of, hash_strings
+from data_pipeline.hashing import StringColumn, bucket_of, check_collisions, hash_strings
 from data_pipeline.spill import Spill, read_columns, read_partition
 from gpr_dist.errors import DataError
 from gpr_dist.schema import NO_ITEM, SCHEMA_VERSION, write_atomic
@@ -79,6 +79,7 @@ class ItemCollector:
 
     def add(self, item_ids: StringColumn, hashes: np.ndarray, kind: np.ndarray, time: np.ndarray | None) -> None:
         """Items [n] seen as `kind` at `time` (seconds; None = not in an event); repetitions are merged first."""
+        check_collisions(item_ids, hashes, "item")
         order = np.lexsort((kind, hashes))
         last_of = np.flatnonzero(np.append(hashes[order][1:] != hashes[order][:-1], True)) if len(order) else np.zeros(0, np.int64)
         chosen = order[last_of]  # the largest kind: AD wins
@@ -181,9 +182,7 @@ def _merge_sightings(folder: Path, partition: int) -> pa.Table:
     order = np.argsort(hashes, kind="stable")
     starts = np.flatnonzero(np.append(True, hashes[order][1:] != hashes[order][:-1])) if len(order) else np.zeros(0, np.int64)
     rows, ids = order[starts], table["item_id"]
-    # Two ids with one hash would silently become one item; at 1e8 items the odds are 3e-4.
-    representative = np.repeat(rows, np.diff(np.append(starts, len(order))))
-    _check_equal_ids(ids.take(pa.array(order)), ids.take(pa.array(representative)))
+    check_collisions(ids, hashes, "item")
     kind = np.maximum.reduceat(kind[order], starts) if len(order) else kind
     seen = np.minimum.reduceat(seen[order], starts) if len(order) else seen
     seen = np.where(seen == _UNSEEN, NEVER_SEEN, seen)
@@ -230,18 +229,12 @@ def _check_listed_once(items: pa.Table, order: np.ndarray, hashes: np.ndarray) -
                             f"({first[name][row].as_py()!r} and {second[name][row].as_py()!r}); keep one row per item")
 
 
-def _check_equal_ids(left: StringColumn, right: StringColumn) -> None:
-    different = np.flatnonzero(pc.not_equal(left, right).to_numpy(zero_copy_only=False))
-    if len(different):
-        row = int(different[0])
-        one, other = left[row].as_py(), right[row].as_py()
-        raise DataError(f"item ids {one!r} and {other!r} have the same 64-bit hash; rename one of them in the logs")
-
-
 def _check_same_ids(base: Catalogue, index: np.ndarray, item_ids: pa.ChunkedArray) -> None:
     rows = np.flatnonzero(index >= 0)
     if len(rows):
-        _check_equal_ids(item_ids.take(pa.array(rows)), base.table()["item_id"].take(pa.array(index[rows])))
+        known = base.table()["item_id"].take(pa.array(index[rows])).cast(pa.string())
+        both = pa.chunked_array([*known.chunks, *item_ids.take(pa.array(rows)).chunks])
+        check_collisions(both, np.tile(index[rows], 2), "item")
 
 
 def _partition_end(base: Catalogue, start: int, partition: int, num_partitions: int) -> int:
