@@ -4,8 +4,12 @@ Messages say what was found, where, and what to do. `run_cli` turns them into on
 not a `GPRError` is our own mistake and keeps its traceback.
 """
 
+import os
 import sys
+import time
 from collections.abc import Callable
+
+OTHER_RANKS_WAIT_S = 3.0
 
 
 class GPRError(Exception):
@@ -33,10 +37,16 @@ class TrainingError(GPRError, RuntimeError):
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Run a script's `main`; a `GPRError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Run a script's `main`; a `GPRError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
+
+    Bad input usually stops all ranks with the same message. Ranks other than 0 wait before they speak: by then the launcher has ended
+    them, unless the problem is theirs alone.
+    """
     try:
         code = main() or 0
     except GPRError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(OTHER_RANKS_WAIT_S)
         print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:

@@ -117,7 +117,7 @@ class Trie:
                 for bitmap in legal:
                     bitmap[group] = True
                 continue
-            node = self._slots(torch.as_tensor(items))
+            node = self._slots(torch.tensor(items))
             node = node[node >= 0]
             for level in range(self.num_levels, -1, -1):
                 legal[level][group, node] = True

@@ -3,7 +3,8 @@
 Layout of `runs/<name>/step-000100/`:
     rank-00000.safetensors   "parameter|state|lo|hi" -> float32 [hi - lo], state in engine.STATES; and this rank's RNG state
     state.json               step counters, loader state, fingerprints, metrics, resolved config
-    manifest.json            every file's size and checksum; written last, by rank 0, after all files are on disk
+    manifest.json            every file's size and checksum, and which file holds which range; written last, by rank 0, from the notes
+                             (rank-00000.json, then removed) that each rank leaves beside its own file
 
 A rank reads just the ranges it owns. No conversion step, no full copy anywhere, nothing pickled. A folder without a manifest, or
 whose files differ from it, is ignored and named.
@@ -79,7 +80,7 @@ def save(engine: Engine, run: Path, step: int, state: dict[str, Any]) -> Path:
         problem = _try(lambda: write_atomic(folder / "state.json", json.dumps(document, indent=1).encode()))
     _raise_together(engine, problem, folder)
     if engine.rank == 0:  # all files of all ranks are on disk: commit
-        problem = _try(lambda: _commit(folder))
+        problem = _try(lambda: _commit(folder, engine.world_size))
     _raise_together(engine, problem, folder)
     return folder
 
@@ -105,11 +106,10 @@ def load(engine: Engine, folder: Path, expected: dict[str, str]) -> Restored:
     """Fill the engine from one complete checkpoint (collective). Raises: CheckpointError on any mismatch, before anything changes."""
     state = read_state(folder)
     _check(state, engine, expected, folder)
-    ranges = _index(folder, state["world_size"])
-    files: dict[str, Any] = {}
+    ranges, files = _read_manifest(folder)["ranges"], {}
     for shard in engine.loadable_shards():
         for key, target in shard.tensors.items():
-            _fill(target, shard.lo, shard.hi, ranges.get(f"{shard.name}|{key}", []), files, folder, shard.name)
+            _fill(target, shard.lo, shard.hi, ranges.get(shard.name, []), files, folder, shard.name, key)
     engine.finish_loading(state["optimizer_step"])
     rng_file = folder / rank_file(engine.rank)
     if rng_file.exists():  # on more ranks than before the new ones keep their seed: masks differ, rows and weights do not
@@ -126,7 +126,7 @@ def list_steps(run: Path) -> list[Path]:
 def verify(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     """Check a checkpoint's files against its manifest; with `parts` ranks each reads its share. Returns: what is wrong, or None."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = _read_manifest(folder)
     except FileNotFoundError:
         return "it has no manifest.json: the save was interrupted"
     except (OSError, ValueError) as error:
@@ -176,28 +176,47 @@ def rank_file(rank: int) -> str:
 def iter_weights(folder: Path) -> Any:
     """Yield (name, float32 tensor in its shape) one parameter at a time, from a checkpoint of any world size; for export and evaluation."""
     state = read_state(folder)
-    ranges, files = _index(folder, state["world_size"]), {}
+    ranges, files = _read_manifest(folder)["ranges"], {}
     for name, shape in state["shapes"].items():
         whole = torch.empty(math.prod(shape))
-        _fill(whole, 0, whole.numel(), ranges.get(f"{name}|param", []), files, folder, name)
+        _fill(whole, 0, whole.numel(), ranges.get(name, []), files, folder, name, "param")
         yield name, whole.view(shape)
 
 
 def _write_rank_file(engine: Engine, folder: Path) -> None:
-    tensors = {}
+    tensors, ranges = {RNG_KEY: torch.get_rng_state()}, []
     for shard in engine.state_shards():
+        ranges.append((shard.name, shard.lo, shard.hi))
         for key, view in shard.tensors.items():
-            tensors[f"{shard.name}|{key}|{shard.lo}|{shard.hi}"] = view.detach().float().cpu().contiguous()
-    tensors[RNG_KEY] = torch.get_rng_state()
+            tensors[_key(shard.name, key, shard.lo, shard.hi)] = view.detach().float().cpu().clone()  # the views share storage
     path = folder / rank_file(engine.rank)
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)  # clones: the views share storage
+    save_file(tensors, path)
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
+    note = {"num_bytes": path.stat().st_size, "xxh3_128": _checksum(path), "ranges": ranges}
+    write_atomic(path.with_suffix(".json"), json.dumps(note).encode())
 
 
-def _commit(folder: Path) -> None:
-    files = {p.name: {"num_bytes": p.stat().st_size, "xxh3_128": _checksum(p)} for p in sorted(folder.iterdir())}
-    write_atomic(folder / "manifest.json", json.dumps({"files": files}, indent=1).encode())
+def _commit(folder: Path, world_size: int) -> None:
+    files, ranges = {}, {}
+    for rank in range(world_size):
+        note_path = (folder / rank_file(rank)).with_suffix(".json")
+        note = json.loads(note_path.read_text())
+        for name, lo, hi in note.pop("ranges"):
+            ranges.setdefault(name, []).append((lo, hi, rank_file(rank)))
+        files[rank_file(rank)] = note
+        note_path.unlink()
+    state = folder / "state.json"
+    files["state.json"] = {"num_bytes": state.stat().st_size, "xxh3_128": _checksum(state)}
+    write_atomic(folder / "manifest.json", json.dumps({"files": files, "ranges": ranges}).encode())
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def _key(name: str, state: str, lo: int, hi: int) -> str:
+    return f"{name}|{state}|{lo}|{hi}"
 
 
 def _checksum(path: Path) -> str:
@@ -208,27 +227,15 @@ def _checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _index(folder: Path, world_size: int) -> dict[str, list[tuple[int, int, str, str]]]:
-    """"parameter|state" -> its ranges (lo, hi, file, key), read from the headers of the rank files."""
-    ranges: dict[str, list[tuple[int, int, str, str]]] = {}
-    for rank in range(world_size):
-        with safe_open(folder / rank_file(rank), "pt") as file:
-            for key in file.keys():  # noqa: SIM118  safe_open is no dictionary
-                if key != RNG_KEY:
-                    name, state, lo, hi = key.rsplit("|", 3)
-                    ranges.setdefault(f"{name}|{state}", []).append((int(lo), int(hi), rank_file(rank), key))
-    return ranges
-
-
-def _fill(target: torch.Tensor, lo: int, hi: int, ranges: list[tuple[int, int, str, str]], files: dict[str, Any], folder: Path,
-          name: str) -> None:
+def _fill(target: torch.Tensor, lo: int, hi: int, ranges: list[tuple[int, int, str]], files: dict[str, Any], folder: Path, name: str,
+          state: str) -> None:
     filled = 0
-    for first, last, file_name, key in ranges:
+    for first, last, file_name in ranges:
         a, b = max(lo, first), min(hi, last)
         if a < b:
             if file_name not in files:
                 files[file_name] = safe_open(folder / file_name, "pt")
-            target[a - lo : b - lo].copy_(files[file_name].get_slice(key)[a - first : b - first])
+            target[a - lo : b - lo].copy_(files[file_name].get_slice(_key(name, state, first, last))[a - first : b - first])
             filled += b - a
     if filled != hi - lo:
         raise CheckpointError(f"{folder} holds {filled} of the {hi - lo} elements [{lo}, {hi}) of {name}; the checkpoint is incomplete")

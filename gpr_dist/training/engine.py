@@ -65,7 +65,7 @@ class StateShard:
     name: str
     lo: int
     hi: int
-    tensors: dict[str, Tensor]  # one 1-D float32 view of hi - lo elements per entry of STATES
+    tensors: dict[str, Tensor]  # detached; one 1-D float32 view of hi - lo elements per entry of STATES
 
 
 def init_distributed(timeout_seconds: float = 1800.0) -> None:
@@ -236,11 +236,11 @@ class Engine:
             hi = min(lo + part, p.ds_numel)  # the last partition is padded
             if lo < hi:
                 whole = [safe_get_local_fp32_param(p)] + [safe_get_local_optimizer_state(p, key) for key in STATES[1:]]
-                yield StateShard(name, lo, hi, {key: t.view(-1)[: hi - lo] for key, t in zip(STATES, whole, strict=True)})
+                yield StateShard(name, lo, hi, {key: t.detach().view(-1)[: hi - lo] for key, t in zip(STATES, whole, strict=True)})
         elif hasattr(p, "_hp_mapping"):
             if p._hp_mapping is not None:  # None: another rank owns all of this parameter
                 address = p._hp_mapping.lp_fragment_address
-                tensors = {key: p._hp_mapping.get_hp_fragment(None if key == "param" else key).view(-1) for key in STATES}
+                tensors = {key: p._hp_mapping.get_hp_fragment(None if key == "param" else key).detach().view(-1) for key in STATES}
                 yield StateShard(name, address.start, address.start + address.numel, tensors)
         else:  # stage 0: everything is everywhere, each rank answers for an equal part
             lo, hi = p.numel() * self.rank // self.world_size, p.numel() * (self.rank + 1) // self.world_size
@@ -289,11 +289,16 @@ class Engine:
         self.barrier()
 
     def _materialise_optimizer_state(self) -> None:
-        # torch's AdamW makes its state at the first step; a checkpoint may be read or written before it.
-        for group in self.optimizer.param_groups:
-            for p in group["params"]:
-                if not self.optimizer.state[p]:
-                    self.optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        # torch's AdamW makes its state at the first step; a checkpoint may be read or written before it. At stage 3 the optimizer
+        # only meets its flat partitions one after another, during step().
+        if self.config.zero_stage == 3:
+            flat = self.zero.optimizer.fp32_partitioned_groups_flat
+        else:
+            flat = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for p in flat:
+            if "exp_avg" not in self.optimizer.state[p]:
+                fresh = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p).detach(), "exp_avg_sq": torch.zeros_like(p).detach()}
+                self.optimizer.state[p].update(fresh)
         link = getattr(self.zero.optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:
             link()

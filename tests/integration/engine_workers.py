@@ -93,3 +93,27 @@ def poison(engine, loss: torch.Tensor, where: str) -> torch.Tensor:
 
     handle = parameter.register_hook(spoil)
     return loss
+
+
+def train_save_resume(run: str, first_steps: int, total_steps: int, zero_stage: int = 3, precision: str = "fp32", persistence: int = 10_000) -> dict:
+    """Resume if the run has a checkpoint, train up to `first_steps` or `total_steps`, save when stopping early."""
+    from pathlib import Path
+
+    from gpr_dist.training import checkpoint
+
+    init_distributed(60)
+    engine = Engine(build_model(), EngineConfig(zero_stage=zero_stage, precision=precision, persistence_elements=persistence, timeout_seconds=60))
+    restored = checkpoint.load_latest(engine, Path(run), {"tokenizer": "t"})
+    start = restored.state["step"] if restored else 0
+    losses = []
+    for step in range(start, total_steps if restored else first_steps):
+        rows = step_rows(step)
+        mine = rows[engine.rank :: engine.world_size]
+        loss = share_loss(engine, concat_batches(mine) if mine else empty_batch(), sum(b.num_targets for b in rows))
+        engine.backward(loss)
+        engine.step(LR)
+        losses.append(float(engine.all_reduce(loss.detach().double()[None])))
+    if not restored:
+        checkpoint.save(engine, Path(run), first_steps, {"fingerprints": {"tokenizer": "t"}})
+    engine.close()
+    return {"losses": losses, "start": start}

@@ -1,0 +1,93 @@
+"""Model quality on one split: loss, and HitR and NDCG of what the beam search generates; during training and in launch/evaluate.py."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from gpr_dist.config import Config
+from gpr_dist.data.eligibility import Eligibility
+from gpr_dist.data.loader import LoaderConfig, iter_once
+from gpr_dist.data.reader import ShardReader
+from gpr_dist.data.sampler import World
+from gpr_dist.decoding.model_decoder import ModelDecoder
+from gpr_dist.decoding.trie import Trie
+from gpr_dist.evaluation.baselines import BaselineConfig, JourneyLog, popularity, read_log
+from gpr_dist.evaluation.evaluate import evaluate_generation
+from gpr_dist.schema import EVERY_AD
+from gpr_dist.tokenizer.semantic_ids import SemanticIds
+from gpr_dist.training.engine import Engine
+from gpr_dist.training.loop import Objective
+
+
+class ValidationConfig(Config):
+    """How quality is measured."""
+
+    max_rows: int | None = None
+    """journeys used, from the front of the split; none = all"""
+    beam_width: int = 128
+    """prefixes kept per level"""
+    ks: tuple[int, ...] = (10, 100)
+    """cut-offs K of HitR@K and NDCG@K"""
+    baselines: BaselineConfig = BaselineConfig()
+    """popularity, which also orders the items of one semantic ID"""
+
+
+@dataclass
+class Catalogue:
+    """What generation is constrained by: the trie of legal semantic IDs, who may be shown, and the order inside a leaf."""
+
+    semantic_ids: SemanticIds
+    trie: Trie
+    eligibility: Eligibility
+    item_priority: Tensor  # float32 [catalogue items]
+
+
+def open_journeys(data: Path, splits: tuple[str, ...], evaluated: str) -> JourneyLog:
+    """Every event of the splits, once; requests and targets of `evaluated`."""
+
+    def batches(reader: ShardReader) -> Iterator[pa.RecordBatch]:
+        return (reader.read_batch(number) for number in range(reader.num_batches))
+
+    return read_log({split: batches(ShardReader(data / "shards" / split)) for split in splits}, evaluated)
+
+
+def open_catalogue(data: Path, semantic_ids: SemanticIds, popularity_I: np.ndarray, device: torch.device | str) -> Catalogue:
+    """Build the trie over the ads of the catalogue."""
+    eligibility = Eligibility.load(data)
+    ads = eligibility.items(EVERY_AD)
+    trie = Trie.from_codes(semantic_ids.codes_NL[ads], semantic_ids.codebook_size, ads).to(device)
+    return Catalogue(semantic_ids, trie, eligibility, torch.from_numpy(np.ascontiguousarray(popularity_I, dtype=np.float32)))
+
+
+def build_validation(engine: Engine, data: Path, catalogue: Catalogue, objective: Objective, config: ValidationConfig, loader: LoaderConfig,
+                     num_heads: int) -> Callable[[], dict[str, float]]:
+    """The function `fit` calls: validation/loss and ranking metrics over `config.max_rows` journeys (collective)."""
+    world = World(engine.rank, engine.world_size)
+    codes_ML = catalogue.semantic_ids.codes_NL
+    batches = iter_once(data / "shards" / "validation", loader, world, codes_ML, num_heads, config.max_rows)
+
+    @torch.no_grad()
+    def validate() -> dict[str, float]:
+        sums = torch.zeros(2, dtype=torch.float64)
+        for batch in batches:
+            # The share of one target of this batch alone, so that summing over batches gives the mean over all targets.
+            sums += torch.tensor([float(objective(engine, batch.to(engine.device), 1).loss), float(batch.num_targets)], dtype=torch.float64)
+        total, count = engine.all_reduce(sums).tolist()
+        decode = ModelDecoder(engine, engine.device)
+        generation = evaluate_generation(decode, batches, catalogue.trie, catalogue.eligibility, catalogue.item_priority, config.ks,
+                                         config.beam_width, all_reduce=engine.all_reduce, progress=False)
+        ranked = {f"{metric}@{k}": generation[f"{metric}@{k}"] for metric in ("hitr", "ndcg") for k in config.ks}
+        return {f"validation/{name}": value for name, value in ({"loss": total / max(count, 1)} | ranked).items()}
+
+    return validate
+
+
+def default_popularity(data: Path, semantic_ids: SemanticIds, config: BaselineConfig, splits: tuple[str, ...] = ("train", "validation"),
+                       evaluated: str = "validation") -> np.ndarray:
+    """Popularity of every item from events before the evaluated split."""
+    return popularity(open_journeys(data, splits, evaluated), semantic_ids.num_items, config)

@@ -1,0 +1,258 @@
+"""The training loop of pretraining and value-aware fine-tuning: one straight `fit`, with the objective, validation and data handed in.
+
+Order of a step: count targets over all ranks → forward and backward of every micro-batch → one reduction of losses, finiteness and
+stop requests → finite check → optimizer step → log → validate → save. Every rank takes the same decisions from the same reduced numbers.
+"""
+
+import contextlib
+import json
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gpr_dist.config import Config
+from gpr_dist.data.loader import Loader, Step
+from gpr_dist.errors import TrainingError
+from gpr_dist.model.flops import Work, training_flops, work_of
+from gpr_dist.model.gpr import GPRConfig
+from gpr_dist.schema import Batch
+from gpr_dist.training import checkpoint
+from gpr_dist.training.checkpoint import CheckpointConfig
+from gpr_dist.training.engine import Engine
+from gpr_dist.training.schedule import ScheduleConfig, learning_rate
+from gpr_dist.training.tracker import Tracker
+
+# P MTP heads  L levels
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class FitConfig(Config):
+    """The loop."""
+
+    schedule: ScheduleConfig = ScheduleConfig()
+    """length and learning rate"""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """when to save and what to keep"""
+    log_every_steps: int = 1
+    """steps between lines of metrics.jsonl"""
+    validate_every_steps: int = 200
+    """steps between validations; 0 = only at the end"""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """what to do when a loss or gradient is not finite: stop the run, or drop that step's update"""
+    max_skipped_steps: int = 10
+    """skip: this many dropped updates in a row stop the run"""
+
+
+@dataclass
+class LossShare:
+    """What an objective returns for one micro-batch: this rank's share of the step's loss and the sums behind it."""
+
+    loss: Tensor  # scalar with gradient; shares of all ranks and micro-batches add up to the step's loss
+    nll_PL: Tensor  # float64 sums of -log p per head and level, detached
+    count_P: Tensor  # float64 targets per head
+    value_loss: Tensor  # scalar, detached share of the value regression
+
+
+Objective = Callable[[Engine, Batch, int], LossShare]
+
+
+@dataclass
+class Progress:
+    """Counters that survive a restart."""
+
+    step: int = 0
+    rows: int = 0
+    tokens: int = 0
+    targets: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    best_step: int | None = None
+    best_loss: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def fit(engine: Engine, loader: Loader, objective: Objective, config: FitConfig, model: GPRConfig, run: Path, tracker: Tracker,
+        progress: Progress, save_state: dict[str, Any],
+        validate: Callable[[], dict[str, float]] | None = None, peak_flops: float = 0.0) -> Progress:
+    """Train until `config.schedule.num_steps`, or until a stop signal, which saves and returns (collective).
+
+    Args:
+        progress: where to start; from a checkpoint's "progress" after a resume.
+        save_state: plain values stored in every checkpoint (fingerprints, resolved config).
+        validate: returns metrics with "validation/loss"; called on all ranks.
+        peak_flops: per rank, for MFU; 0 = not reported.
+    Raises: TrainingError when a loss or gradient is not finite and the policy says stop.
+    """
+
+    def save(step: int) -> None:
+        state = {**save_state, "progress": vars(progress) | {"step": step}, "loader": loader.state_dict()}
+        started = time.perf_counter()
+        checkpoint.save(engine, run, step, state)
+        if engine.rank == 0:
+            checkpoint.prune(run, config.checkpoint, progress.best_step)
+        tracker.log(step, {"checkpoint/seconds": time.perf_counter() - started})
+
+    num_steps, skipped_in_a_row, saved_step = config.schedule.num_steps, 0, progress.step
+    engine.train()
+    with stop_requested() as stop:
+        steps = iter(loader) if progress.step < num_steps else iter(())
+        for global_step in range(progress.step, num_steps):
+            started = time.perf_counter()
+            data = next(steps)
+            waited = time.perf_counter() - started
+            lr = learning_rate(config.schedule, global_step)
+            result = train_step(engine, data, objective, model, lr, stop())
+            progress.step = global_step + 1
+            progress.rows, progress.tokens, progress.targets = (a + b for a, b in zip((progress.rows, progress.tokens, progress.targets),
+                                                                                      (result.rows, result.work.tokens, result.targets),
+                                                                                      strict=True))
+            elapsed = time.perf_counter() - started
+            progress.seconds += elapsed
+            if not result.applied:
+                progress.skipped += 1
+                skipped_in_a_row += 1
+                _report_nonfinite(engine, data, result, run, global_step, tracker)
+                if config.on_nonfinite == "stop" or skipped_in_a_row >= config.max_skipped_steps:
+                    last = f"last checkpoint step-{saved_step:06d}" if saved_step else "no checkpoint yet"
+                    raise TrainingError(f"loss or gradient is not finite at step {global_step + 1} on rank(s) {result.bad_ranks}; the "
+                                        f"update was dropped, weights are unharmed; rows in {run}/nonfinite-*.json; {last}")
+            else:
+                skipped_in_a_row = 0
+            if progress.step % config.log_every_steps == 0 or progress.step == num_steps:
+                tracker.log(progress.step, step_metrics(engine, result, model, lr, elapsed, waited, progress, peak_flops))
+            tracker.advance(progress.step, loss=f"{result.loss:.3f}", lr=f"{lr:.1e}", tok_s=f"{result.work.tokens / elapsed:.0f}")
+            finished = progress.step == num_steps
+            if validate and (finished or (config.validate_every_steps and progress.step % config.validate_every_steps == 0)):
+                _validate(engine, validate, progress, tracker)
+            if finished or result.stop or progress.step % config.checkpoint.every_steps == 0:
+                save(progress.step)
+                saved_step = progress.step
+            if result.stop:
+                tracker.say(f"stop signal: saved {checkpoint.step_folder(run, progress.step)} and leaving")
+                break
+    return progress
+
+
+@dataclass
+class StepResult:
+    """Sums over all ranks of one optimizer step."""
+
+    loss: float
+    value_loss: float
+    nll_PL: Tensor
+    count_P: Tensor
+    grad_norm: float
+    applied: bool
+    stop: bool
+    bad_ranks: list[int]
+    rows: int
+    targets: int
+    work: Work
+
+
+def train_step(engine: Engine, data: Step, objective: Objective, model: GPRConfig, lr: float, stop: bool) -> StepResult:
+    """One optimizer step over this rank's micro-batches (collective)."""
+    batches = [batch.to(engine.device) for batch in data.micro_batches]
+    work = sum((work_of(batch, model.num_levels) for batch in data.micro_batches), Work(0, 0, 0, 0))
+    counts = [sum(b.num_targets for b in batches), sum(b.num_rows for b in batches), *vars(work).values()]
+    num_targets, rows, *work_sums = (int(x) for x in engine.all_reduce(torch.tensor(counts, dtype=torch.float64)).tolist())
+    p, l = model.num_mtp_heads, model.num_levels  # noqa: E741
+    sums = torch.zeros(2 + p * l + p + 1, dtype=torch.float64, device=engine.device)
+    for batch in batches:
+        share = objective(engine, batch, max(1, num_targets))  # a step may hold no target at all: its loss is 0
+        engine.backward(share.loss)
+        sums += torch.cat((share.loss.detach().double()[None], share.value_loss.double()[None], share.nll_PL.flatten(), share.count_P,
+                           torch.zeros(1, dtype=torch.float64, device=engine.device)))
+    bad = not (engine.gradients_are_finite() and bool(torch.isfinite(sums).all()))
+    flags = torch.zeros(engine.world_size, dtype=torch.float64)
+    flags[engine.rank] = float(bad)
+    sums[-1] = float(stop)
+    reduced = engine.all_reduce(torch.cat((sums.cpu(), flags))).cpu()
+    sums, flags = reduced[: len(sums)], reduced[len(sums) :]
+    grad_norm, applied = engine.step(lr, apply=not flags.any())
+    return StepResult(float(sums[0]), float(sums[1]), sums[2 : 2 + p * l].view(p, l), sums[2 + p * l : -1], grad_norm, applied,
+                      bool(sums[-1]), flags.nonzero().flatten().tolist(), rows, num_targets, Work(*work_sums))
+
+
+def step_metrics(engine: Engine, result: StepResult, model: GPRConfig, lr: float, seconds: float, waited: float, progress: Progress,
+                 peak_flops: float) -> dict[str, Any]:
+    """The line of metrics.jsonl for a step; rates are over all ranks."""
+    per_target = result.nll_PL / result.count_P.clamp_min(1)[:, None]
+    metrics: dict[str, Any] = {"loss": result.loss, "value_loss": result.value_loss, "lr": lr, "grad_norm": result.grad_norm}
+    metrics |= {f"loss_head/{h + 1}": float(x) for h, x in enumerate(per_target.sum(1))}
+    metrics |= {f"loss_level/{level + 1}": float(x) for level, x in enumerate(result.nll_PL.sum(0) / result.count_P.sum().clamp_min(1))}
+    metrics |= {"rows": result.rows, "tokens": result.work.tokens, "targets": result.targets, "seconds": seconds, "loader_wait_s": waited,
+                "tokens_per_s": result.work.tokens / seconds, "targets_per_s": result.targets / seconds, "skipped_steps": progress.skipped,
+                "total_targets": progress.targets, "memory_gib": memory_bytes() / 2**30}
+    if peak_flops:
+        metrics["mfu"] = training_flops(model, result.work) / seconds / (peak_flops * engine.world_size)
+    return metrics
+
+
+def memory_bytes() -> int:
+    """Peak memory of this process: on the GPU if there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure_peak_flops(precision: str, device: torch.device, size: int = 1024, repeats: int = 10) -> float:
+    """Rate of a large square matrix product on this device, operations per second: the denominator of our MFU."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    size = size if device.type == "cpu" else 8192
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    best = 0.0
+    for _ in range(3):
+        _synchronize(device)
+        started = time.perf_counter()
+        for _ in range(repeats):
+            a @ b
+        _synchronize(device)
+        best = max(best, repeats * 2 * size**3 / (time.perf_counter() - started))
+    return best
+
+
+@contextlib.contextmanager
+def stop_requested() -> Iterator[Callable[[], bool]]:
+    """While open, SIGTERM and SIGUSR1 only raise a flag, read by the yielded function: the loop saves at the next step and leaves."""
+    received = []
+    previous = {number: signal.signal(number, lambda number, _: received.append(number)) for number in STOP_SIGNALS}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _validate(engine: Engine, validate: Callable[[], dict[str, float]], progress: Progress, tracker: Tracker) -> None:
+    engine.train(False)
+    metrics = validate()
+    engine.train(True)
+    progress.metrics = metrics
+    loss = metrics["validation/loss"]
+    if progress.best_loss is None or loss < progress.best_loss:
+        progress.best_step, progress.best_loss = progress.step, loss
+    tracker.log(progress.step, metrics)
+    tracker.say(f"step {progress.step}: " + "  ".join(f"{k.removeprefix('validation/')} {v:.4f}" for k, v in metrics.items()))
+
+
+def _report_nonfinite(engine: Engine, data: Step, result: StepResult, run: Path, step: int, tracker: Tracker) -> None:
+    """Leave the rows of the bad step behind, one file per rank concerned, so that they can be looked at."""
+    if engine.rank in result.bad_ranks:
+        rows = [batch.row_ids_B.tolist() for batch in data.micro_batches]
+        (run / f"nonfinite-step-{step + 1:06d}-rank-{engine.rank:05d}.json").write_text(json.dumps({"micro_batches": rows}))
+    tracker.log(step + 1, {"nonfinite/step": step + 1, "nonfinite/ranks": result.bad_ranks})
+    tracker.say(f"step {step + 1}: loss or gradient not finite on rank(s) {result.bad_ranks}; update dropped")

@@ -1,0 +1,27 @@
+"""Objectives in the form the loop wants: one micro-batch in, this rank's `LossShare` out. The formulas are in gpr_dist/objectives."""
+
+import torch
+
+from gpr_dist.objectives.mtp import code_nll, mtp_loss, uniform_head_weights, value_loss
+from gpr_dist.schema import Batch
+from gpr_dist.training.engine import Engine
+from gpr_dist.training.loop import LossShare, Objective
+
+# N targets  P MTP heads  L levels
+
+
+def mtp_objective(num_heads: int, value_loss_weight: float) -> Objective:
+    """Multi-token prediction (GPR Eq. 3) plus `value_loss_weight` times the value regression."""
+
+    def share(engine: Engine, batch: Batch, num_targets: int) -> LossShare:
+        weight_P = uniform_head_weights(num_heads, engine.device)
+        output = engine(batch)
+        nll_NL = code_nll(output.logits_NLV, batch.target_codes_NL)
+        value = value_loss(output.values_NL1, batch.target_value_N, batch.target_head_N, weight_P, num_targets)
+        loss = mtp_loss(nll_NL, batch.target_head_N, weight_P, num_targets) + value_loss_weight * value
+        nll_PL = torch.zeros(num_heads, nll_NL.shape[1], dtype=torch.float64, device=engine.device)
+        nll_PL.index_add_(0, batch.target_head_N, nll_NL.detach().double())
+        count_P = torch.bincount(batch.target_head_N, minlength=num_heads).double()
+        return LossShare(loss, nll_PL, count_P, value.detach())
+
+    return share

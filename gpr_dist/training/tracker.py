@@ -1,0 +1,114 @@
+"""Where numbers go: always a local JSONL file, W&B as available (the only file that imports it), a progress bar on rank 0.
+
+The JSONL is the truth; W&B is a sink whose failure never stops a run.
+"""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import wandb
+from tqdm import tqdm
+
+from gpr_dist.config import Config
+from gpr_dist.schema import write_atomic
+
+
+class TrackerConfig(Config):
+    """Logging."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto = online with an API key, else offline; offline runs are uploaded later by `wandb sync`"""
+    project: str = "gpr-dist"
+    """W&B project"""
+    progress: bool = True
+    """progress bar on rank 0"""
+
+
+class Tracker:
+    """Rank 0 writes; on other ranks every method does nothing."""
+
+    def __init__(self, config: TrackerConfig, run_folder: Path, resolved_config: dict[str, Any], rank: int, num_steps: int,
+                 start_step: int) -> None:
+        self.path = run_folder / "metrics.jsonl"
+        self._file = self._wandb = self._bar = None
+        if rank != 0:
+            return
+        run_folder.mkdir(parents=True, exist_ok=True)
+        _drop_lines_after(self.path, start_step)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  lives as long as the run
+        self._wandb = _start_wandb(config, run_folder, resolved_config)
+        self._bar = tqdm(total=num_steps, initial=start_step, desc="train", unit="step", mininterval=0.5, disable=not config.progress)
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """Record the metrics of a step; keys may be grouped by a slash, values are numbers or short lists."""
+        if self._file is None:
+            return
+        # JSON has no NaN: a value that is not finite is written as its name, so that every reader can parse the line.
+        safe = {k: (repr(v) if isinstance(v, float) and not math.isfinite(v) else v) for k, v in metrics.items()}
+        self._file.write(json.dumps({"step": step, **safe}) + "\n")
+        self._file.flush()
+        self._to_wandb(lambda run: run.log({k: v for k, v in metrics.items() if isinstance(v, int | float)}, step=step))
+
+    def advance(self, step: int, **shown: str) -> None:
+        """Move the progress bar to `step`."""
+        if self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def say(self, message: str) -> None:
+        """A line for the person watching, above the progress bar."""
+        if self._bar is not None:
+            self._bar.write(message, file=sys.stderr)
+
+    def close(self, exit_code: int = 0) -> None:
+        """Finish the bar, the file and the W&B run."""
+        if self._file is not None:
+            self._bar.close()
+            self._file.close()
+            self._to_wandb(lambda run: run.finish(exit_code=exit_code))
+
+    def _to_wandb(self, action: Any) -> None:
+        if self._wandb is None:
+            return
+        try:
+            action(self._wandb)
+        except Exception as error:
+            self.say(f"W&B failed and is switched off for the rest of the run ({error}); metrics continue in {self.path}")
+            self._wandb = None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Lines of a metrics.jsonl, in order; a last line cut off by a crash is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def _drop_lines_after(path: Path, start_step: int) -> None:
+    """Steps after the checkpoint will be run, and logged, again."""
+    if path.exists():
+        kept = [line for line in read_metrics(path) if line["step"] <= start_step]
+        write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+
+def _start_wandb(config: TrackerConfig, run_folder: Path, resolved_config: dict[str, Any]) -> Any:
+    mode = config.wandb
+    if mode == "auto":  # WANDB_MODE is the user's word for it; a key may also lie in ~/.netrc, which wandb finds
+        mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") or wandb.api.api_key else "offline")
+    if mode == "disabled":
+        return None
+    try:
+        settings = wandb.Settings(silent=True, init_timeout=60)
+        return wandb.init(project=config.project, name=run_folder.name, id=run_folder.name, resume="allow", dir=str(run_folder),
+                          config=resolved_config, mode=mode, settings=settings)
+    except Exception as error:
+        print(f"W&B could not be started ({error}); metrics go to {run_folder}/metrics.jsonl only", file=sys.stderr, flush=True)
+        return None
