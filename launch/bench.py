@@ -1,0 +1,30 @@
+"""Measurements: `python launch/bench.py loader [--config FILE] [key=value ...]`; each sub-command has its own settings and `--help`."""
+
+import sys
+
+from bench_loader import LoaderBenchConfig, run_bench
+
+from gpr_dist.config import parse_cli, to_yaml
+from gpr_dist.errors import ConfigError, run_cli
+
+COMMANDS = {"loader": (LoaderBenchConfig, run_bench, "rows/s and MB/s of the streaming loader beside other loaders")}
+
+
+def main() -> None:
+    """Run the sub-command named first."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print(__doc__, *(f"  {command:10} {text}" for command, (_, _, text) in COMMANDS.items()), sep="\n")
+        return
+    if name not in COMMANDS:
+        raise ConfigError(f"unknown benchmark {name!r}; there is: {', '.join(COMMANDS)}")
+    config_class, run, text = COMMANDS[name]
+    config, args = parse_cli(config_class, text, argv=sys.argv[2:])
+    if args.dry_run:
+        print(to_yaml(config), end="")
+        return
+    run(config)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,298 @@
+"""`bench.py loader`: our loader beside others over the same journeys, one process, one core, repetitions interleaved.
+
+Every contender delivers packed micro-batches of at most `micro_batch_tokens` tokens in shuffled order as torch tensors: offsets,
+num_context, and token_type, block, item, action, scene, timestamp, value end to end, in int64 and float32. Ours is measured as it is
+used in training: it also verifies checksums, balances work, adds semantic IDs and lays out requests and MTP targets. MB/s counts the
+raw bytes of the journeys' columns for everybody. Each contender does the work in the way its own documentation recommends for speed;
+where there are two, both run. Opening is not timed, one whole epoch is.
+"""
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from pydantic import Field
+from tqdm import tqdm
+
+from data_pipeline.shards import ShardConfig, ShardWriter, write_manifest
+from gpr_dist.config import Config
+from gpr_dist.data.loader import LoaderConfig, build_loader
+from gpr_dist.data.sampler import World
+from gpr_dist.schema import EVERY_AD, JOURNEY_SCHEMA, NO_ITEM, Action, TokenType
+
+COLUMNS = ("token_type", "block", "item", "action", "scene", "timestamp", "value")
+Epoch = Callable[[], tuple[int, int]]
+"""Runs one epoch; returns rows and tokens delivered."""
+
+
+class LoaderBenchConfig(Config):
+    """What is measured."""
+
+    num_rows: int = Field(default=20_000, ge=1)
+    """journeys"""
+    median_tokens: int = Field(default=150, ge=2)
+    """of the log-normal journey lengths (sigma 0.8; the mean is 1.4 times as much)"""
+    max_tokens: int = Field(default=2048, ge=2)
+    """journeys are cut there"""
+    num_items: int = Field(default=100_000, ge=1)
+    """catalogue size"""
+    micro_batch_tokens: int = Field(default=16384, ge=1)
+    """tokens of a packed micro-batch"""
+    repetitions: int = Field(default=5, ge=1)
+    """epochs of each contender; the median counts"""
+    shuffle_buffer: int = Field(default=1000, ge=1)
+    """rows in the shuffle buffer of the contenders that have one"""
+    seed: int = 0
+    """of the journeys and of the order"""
+    core: int = -1
+    """CPU core this process is bound to; -1 = the last allowed one"""
+    contenders: tuple[str, ...] = ()
+    """names to run; empty = all"""
+    out: str | None = None
+    """JSON file for the results"""
+
+
+def run_bench(config: LoaderBenchConfig) -> None:
+    """Write the journeys once in each contender's format, time them in turn, print a table."""
+    allowed = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {allowed[config.core]} if config.core < 0 else {config.core})
+    torch.set_num_threads(1)
+    pa.set_cpu_count(1)
+    journeys = generate_journeys(config)
+    row_bytes = sum(column.nbytes for column in journeys.columns) / journeys.num_rows
+    num_tokens = len(journeys.column("token_type").flatten())
+    with tempfile.TemporaryDirectory() as folder:
+        epochs, absent = _open_all(config, journeys, Path(folder))
+        seconds: dict[str, list[float]] = {name: [] for name in epochs}
+        runs = [(name, epoch) for _ in range(config.repetitions + 1) for name, epoch in epochs.items()]  # the first round warms up
+        for name, epoch in tqdm(runs, desc="epochs", file=sys.stderr, mininterval=0.5):
+            started = time.perf_counter()
+            delivered = epoch()
+            seconds[name].append(time.perf_counter() - started)
+            assert delivered == (journeys.num_rows, num_tokens), f"{name} delivered {delivered}, not {(journeys.num_rows, num_tokens)}"
+    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+    _report(config, medians, seconds, absent, row_bytes, num_tokens)
+
+
+def generate_journeys(config: LoaderBenchConfig) -> pa.RecordBatch:
+    """Requests of one organic item, an environment and an ad, repeated to log-normal lengths; no context, no look-ahead."""
+    rng = np.random.default_rng(config.seed)
+    length = np.clip(rng.lognormal(np.log(config.median_tokens), 0.8, config.num_rows), 3, config.max_tokens).astype(np.int64)
+    offsets = np.append(0, np.cumsum(length))
+    total = int(offsets[-1])
+    position = np.arange(total) - np.repeat(offsets[:-1], length)
+    token_type = np.array([TokenType.O, TokenType.E, TokenType.I])[position % 3]
+    has_item, is_ad = token_type != TokenType.E, token_type == TokenType.I
+    block = position // 3
+    num_envs = np.add.reduceat(token_type == TokenType.E, offsets[:-1])
+    num_blocks = -(-length // 3)
+    nan = np.full(total, np.nan)
+    ad_action = rng.integers(Action.IMPRESSION, Action.CONVERSION + 1, total)
+    values = {
+        "token_type": token_type, "block": block, "item": np.where(has_item, rng.integers(0, config.num_items, total), NO_ITEM),
+        "action": np.where(is_ad, ad_action, np.where(has_item, Action.CONSUME, Action.NONE)),
+        "scene": rng.integers(0, 1000, total), "timestamp": 1_700_000_000 + position * 60, "value": np.where(is_ad, rng.random(total), nan),
+        "pctr": np.where(is_ad, rng.random(total), nan), "pcvr": np.where(is_ad, rng.random(total), nan),
+        "user_features": np.zeros(0), "env_features": rng.integers(0, 2**31, 4 * num_envs.sum()),
+        "eligibility": np.full(num_blocks.sum(), EVERY_AD)}
+    ends = {"user_features": 0 * offsets, "env_features": np.append(0, np.cumsum(4 * num_envs)),
+            "eligibility": np.append(0, np.cumsum(num_blocks))}
+    zeros = pa.array(np.zeros(config.num_rows, np.int32))
+    columns = [pa.array([f"user-{i}" for i in range(config.num_rows)]), zeros, zeros]
+    for field in list(JOURNEY_SCHEMA)[3:]:
+        flat = pa.array(values[field.name].astype(field.type.value_type.to_pandas_dtype()), field.type.value_type)
+        columns.append(pa.ListArray.from_arrays(pa.array(ends.get(field.name, offsets).astype(np.int32)), flat))
+    return pa.RecordBatch.from_arrays(columns, schema=JOURNEY_SCHEMA)
+
+
+def _open_all(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path) -> tuple[dict[str, Epoch], dict[str, str]]:
+    """Epoch functions by name, and the reason for every contender that cannot run here."""
+    builders = {
+        "ours, arrow": lambda at: _ours(config, journeys, at, "arrow", "none"),
+        "ours, arrow zstd": lambda at: _ours(config, journeys, at, "arrow", "zstd"),
+        "ours, webdataset": lambda at: _ours(config, journeys, at, "webdataset", "none"),
+        "webdataset, msgpack per sample": lambda at: _webdataset(config, journeys, at),
+        "datasets, numpy format": lambda at: _datasets(config, journeys, at, "numpy"),
+        "datasets, arrow format": lambda at: _datasets(config, journeys, at, "arrow"),
+        "mosaicml-streaming": lambda at: _mosaic(config, journeys, at),
+        "StatefulDataLoader over arrow": lambda at: _stateful(config, journeys, at),
+    }
+    epochs, absent = {}, {}
+    for number, (name, build) in enumerate(builders.items()):
+        if config.contenders and name not in config.contenders:
+            continue
+        at = folder / str(number)
+        at.mkdir()
+        try:
+            epochs[name] = build(at)
+        except ImportError as error:
+            absent[name] = " ".join(str(error).split())[:200]
+    return epochs, absent
+
+
+def _ours(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path, container: str, compression: str) -> Epoch:
+    with ShardWriter(folder, 0, ShardConfig(container=container, compression=compression, rows_per_shard=4096)) as writer:
+        writer.write(journeys)
+    write_manifest(folder, "train", (), ("a", "b", "c", "d"), "bench", config.num_items)
+    codes = np.random.default_rng(0).integers(0, 2048, (config.num_items, 3))
+    settings = LoaderConfig(seed=config.seed, global_batch_size=1024, micro_batch_tokens=config.micro_batch_tokens)
+
+    def epoch() -> tuple[int, int]:
+        loader = build_loader(folder, settings, World(), codes, num_heads=4)  # a fresh one verifies every checksum again
+        steps = iter(loader)
+        rows = tokens = 0
+        for _ in range(loader.steps_per_epoch):
+            for batch in next(steps).micro_batches:
+                rows, tokens = rows + batch.num_rows, tokens + batch.num_tokens
+        return rows, tokens
+
+    return epoch
+
+
+def _webdataset(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path) -> Epoch:
+    import msgpack
+    import webdataset
+
+    with webdataset.ShardWriter(f"{folder}/%05d.tar", maxcount=4096, verbose=0) as writer:
+        for number, row in enumerate(_rows(journeys)):
+            packed = msgpack.packb({name: value.tobytes() if isinstance(value, np.ndarray) else value for name, value in row.items()})
+            writer.write({"__key__": f"{number:08d}", "msgpack": packed})
+    urls = sorted(str(path) for path in folder.glob("*.tar"))
+    types = {name: JOURNEY_SCHEMA.field(name).type.value_type.to_pandas_dtype() for name in COLUMNS}
+
+    def decode(sample: dict) -> dict:
+        row = msgpack.unpackb(sample["msgpack"])
+        return {"num_context": row["num_context"], **{name: np.frombuffer(row[name], types[name]) for name in COLUMNS}}
+
+    def epoch() -> tuple[int, int]:
+        samples = webdataset.WebDataset(urls, shardshuffle=len(urls), seed=config.seed).shuffle(config.shuffle_buffer).map(decode)
+        return _count(pack(samples, config.micro_batch_tokens))
+
+    return epoch
+
+
+def _datasets(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path, form: str) -> Epoch:
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.Dataset(pa.Table.from_batches([journeys]).select(["num_context", *COLUMNS])).save_to_disk(folder / "data")
+    data = datasets.load_from_disk(str(folder / "data")).with_format(form)
+
+    def rows(order: Iterable) -> Iterator[dict]:
+        for chunk in order:
+            if form == "numpy":
+                for number, context in enumerate(chunk["num_context"]):
+                    yield {"num_context": context, **{name: chunk[name][number] for name in COLUMNS}}
+            else:
+                yield from _rows(chunk.combine_chunks().to_batches()[0])
+
+    def epoch() -> tuple[int, int]:
+        return _count(pack(rows(data.shuffle(seed=config.seed).iter(batch_size=256)), config.micro_batch_tokens))
+
+    return epoch
+
+
+def _mosaic(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path) -> Epoch:
+    from streaming import MDSWriter, StreamingDataset
+
+    types = {name: f"ndarray:{np.dtype(JOURNEY_SCHEMA.field(name).type.value_type.to_pandas_dtype()).name}" for name in COLUMNS}
+    with MDSWriter(out=str(folder / "mds"), columns={"num_context": "int", **types}) as writer:
+        for row in _rows(journeys):
+            writer.write(row)
+    data = StreamingDataset(local=str(folder / "mds"), shuffle=True, shuffle_seed=config.seed, batch_size=64)
+    return lambda: _count(pack(data, config.micro_batch_tokens))
+
+
+def _stateful(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path) -> Epoch:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    with pa.OSFile(str(folder / "journeys.arrow"), "wb") as sink, pa.ipc.new_file(sink, JOURNEY_SCHEMA) as writer:
+        writer.write_batch(journeys)
+    with pa.memory_map(str(folder / "journeys.arrow")) as file:
+        rows = _RowViews(pa.ipc.open_file(file).get_batch(0))
+
+    def epoch() -> tuple[int, int]:
+        loader = StatefulDataLoader(rows, batch_size=64, shuffle=True, collate_fn=lambda samples: samples)
+        return _count(pack((row for samples in loader for row in samples), config.micro_batch_tokens))
+
+    return epoch
+
+
+class _RowViews:
+    """A map-style data set whose rows are views of memory-mapped Arrow buffers: the cheapest row a user can write in Python."""
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self.offsets = batch.column("token_type").offsets.to_numpy()
+        self.context = batch.column("num_context").to_numpy()
+        self.columns = {name: batch.column(name).flatten().to_numpy() for name in COLUMNS}
+
+    def __len__(self) -> int:
+        return len(self.context)
+
+    def __getitem__(self, number: int) -> dict:
+        low, high = self.offsets[number], self.offsets[number + 1]
+        return {"num_context": int(self.context[number]), **{name: values[low:high] for name, values in self.columns.items()}}
+
+
+def _rows(batch: pa.RecordBatch) -> Iterator[dict]:
+    views = _RowViews(batch)
+    return (views[number] for number in range(len(views)))
+
+
+def pack(rows: Iterable[dict], budget: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Rows in the order they come, as packed micro-batches: what all the peers share."""
+    held: list[dict] = []
+    used = 0
+    for row in rows:
+        size = len(row["token_type"])
+        if held and used + size > budget:
+            yield _tensors(held)
+            held, used = [], 0
+        held.append(row)
+        used += size
+    if held:
+        yield _tensors(held)
+
+
+def _tensors(rows: list[dict]) -> dict[str, torch.Tensor]:
+    lengths = [len(row["token_type"]) for row in rows]
+    out = {"offsets": torch.from_numpy(np.append(0, np.cumsum(lengths))),
+           "num_context": torch.from_numpy(np.array([row["num_context"] for row in rows], np.int64))}
+    for name in COLUMNS:
+        kind = np.float32 if name == "value" else np.int64
+        out[name] = torch.from_numpy(np.concatenate([row[name] for row in rows], dtype=kind))
+    return out
+
+
+def _count(batches: Iterable[dict[str, torch.Tensor]]) -> tuple[int, int]:
+    rows = tokens = 0
+    for batch in batches:
+        rows, tokens = rows + len(batch["num_context"]), tokens + len(batch["token_type"])
+    return rows, tokens
+
+
+def _report(config: LoaderBenchConfig, medians: dict[str, float], seconds: dict[str, list[float]], absent: dict[str, str],
+            row_bytes: float, num_tokens: int) -> None:
+    peers = {name: median for name, median in medians.items() if not name.startswith("ours")}
+    fastest = min(peers, key=peers.get) if peers else None
+    print(f"{config.num_rows} journeys, {num_tokens / config.num_rows:.0f} tokens and {row_bytes / 1000:.1f} kB each on average; one core, "
+          f"median of {config.repetitions} interleaved epochs")
+    print(f"{'':32} {'rows/s':>9} {'MB/s':>7} {'times the fastest peer':>23}")
+    results = {}
+    for name, median in sorted(medians.items(), key=lambda item: item[1]):
+        rate = config.num_rows / median
+        ratio = peers[fastest] / median if fastest else float("nan")
+        results[name] = {"rows_per_s": rate, "mb_per_s": rate * row_bytes / 1e6, "times_fastest_peer": ratio, "seconds": seconds[name]}
+        print(f"{name:32} {rate:9.0f} {rate * row_bytes / 1e6:7.0f} {ratio:23.2f}")
+    for name, reason in absent.items():
+        print(f"{name:32} not installed here: {reason}")
+    if config.out:
+        Path(config.out).write_text(json.dumps({"config": config.model_dump(mode="json"), "results": results, "absent": absent}, indent=1))
