@@ -83,30 +83,35 @@ def beam_search(step_log_probs: StepLogProbs, trie: Trie, legal: Sequence[Tensor
 
 
 @torch.no_grad()
-def expand_items(result: BeamResult, trie: Trie, legal_slots: Tensor, request_group_B: Tensor, item_priority: Tensor,
+def expand_items(result: BeamResult, trie: Trie, legal_slots: Tensor, request_group_B: Tensor, log_share_M: Tensor,
                  k: int) -> tuple[Tensor, Tensor]:
-    """The first k eligible items of each request: leaves by score, the items of one leaf by priority (ties: smaller index).
+    """The k best eligible items of each request by log p(leaf) + log p(item | leaf) (ties: smaller index).
+
+    Items that collide on one semantic ID are one to the model; ordering whole leaves would put every item of a crowded leaf before
+    the best item of the next one.
 
     Args:
         legal_slots: bool [Gr, N], the last entry of `Trie.legal_nodes`.
-        item_priority: [catalogue items], e.g. training popularity or bid; larger is better.
-    Returns: (item_BK int64 catalogue indices, -1 where there are fewer than k; score_BK float32 of the item's leaf, -inf there).
+        log_share_M: [slots], log p(item | leaf), from `Trie.log_share`.
+    Returns: (item_BK int64 catalogue indices, -1 where there are fewer than k; score_BK float32, -inf there).
     """
     num_requests = result.leaf_BK.shape[0]
     request_N, beam_N = (result.leaf_BK >= 0).nonzero(as_tuple=True)
     owner_M, slot_M = _legal_children(trie.child_offset[-1], result.leaf_BK[request_N, beam_N], legal_slots, request_group_B[request_N])
-    item_M = trie.slot_item[slot_M].long()
-    order = item_priority[item_M].argsort(descending=True, stable=True)
-    order = order[owner_M[order].argsort(stable=True)]
-    owner_M, item_M = owner_M[order], item_M[order]
+    item_M, request_M = trie.slot_item[slot_M].long(), request_N[owner_M]
+    score_M = result.score_BK[request_N, beam_N][owner_M] + log_share_M[slot_M]
+    # Sorted by item first, the stable sorts after it leave the smaller index in front of equal scores.
+    order = item_M.argsort()
+    order = order[score_M[order].argsort(descending=True, stable=True)]
+    order = order[request_M[order].argsort(stable=True)]
+    item_M, request_M, score_M = item_M[order], request_M[order], score_M[order]
 
-    request_M = request_N[owner_M]
     rank_M = torch.arange(request_M.numel(), device=trie.device) - _starts(request_M, num_requests)[request_M]
     top = (rank_M < k).nonzero().squeeze(1)
     item_BK = torch.full((num_requests, k), -1, dtype=torch.long, device=trie.device)
     score_BK = torch.full((num_requests, k), -torch.inf, device=trie.device)
     item_BK[request_M[top], rank_M[top]] = item_M[top]
-    score_BK[request_M[top], rank_M[top]] = result.score_BK[request_N, beam_N][owner_M[top]]
+    score_BK[request_M[top], rank_M[top]] = score_M[top]
     return item_BK, score_BK
 
 

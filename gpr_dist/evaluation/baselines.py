@@ -97,7 +97,7 @@ def read_log(batches: Mapping[str, Iterable[pa.RecordBatch]], evaluated: str = "
 
 
 def popularity(log: JourneyLog, num_items: int, config: BaselineConfig) -> np.ndarray:
-    """Weighted event counts of each catalogue item before the evaluated split, float64 [num_items]; also a leaf priority."""
+    """Weighted event counts of each catalogue item before the evaluated split, float64 [num_items]; also an item's weight in its leaf."""
     counted = log.is_counted_X
     item, is_ad, time = log.item_X[counted], log.is_ad_X[counted], log.time_X[counted]
     is_recent = time > time.max(initial=0) - config.recent_days * DAY_S

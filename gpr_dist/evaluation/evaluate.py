@@ -35,7 +35,7 @@ class Decoder(Protocol):
 
 
 @torch.no_grad()
-def evaluate_generation(decode: Decoder, batches: Iterable[Batch], trie: Trie, eligibility: Eligibility, item_priority: Tensor,
+def evaluate_generation(decode: Decoder, batches: Iterable[Batch], trie: Trie, eligibility: Eligibility, item_weight: Tensor,
                         ks: Sequence[int] = (10, 100), beam_width: int | Sequence[int] = 128,
                         normalise: Literal["all", "legal"] = "all", chunk_requests: int = 64,
                         all_reduce: AllReduce | None = None, progress: bool = True) -> dict[str, float]:
@@ -43,7 +43,8 @@ def evaluate_generation(decode: Decoder, batches: Iterable[Batch], trie: Trie, e
 
     Args:
         batches: the evaluated split; every rank must hand in equally many (they may be empty).
-        trie: on the model's device. item_priority: [catalogue items], orders the items of one leaf.
+        trie: on the model's device. item_weight: [catalogue items] >= 0, e.g. popularity; splits a leaf's
+            probability among its items.
         chunk_requests: requests decoded together. A batch takes as many chunks as the rank with the most requests in its batch needs.
         all_reduce: adds up or maximises a tensor over the ranks; None in a single process.
     Returns: hitr@k, ndcg@k per target event; num_requests, num_targets; eligible_target_frac: share of targets that could be ranked;
@@ -52,7 +53,7 @@ def evaluate_generation(decode: Decoder, batches: Iterable[Batch], trie: Trie, e
     started = time.perf_counter()
     reduce = all_reduce or (lambda tensor, _: tensor)
     legal_cache = LegalCache(trie, eligibility.items)
-    item_priority = item_priority.to(trie.device)
+    log_share_M = trie.log_share(item_weight)
     no_ids = torch.empty(0, dtype=torch.long)
     sums = [_batch_sums(torch.empty(0, max(ks), dtype=torch.long), no_ids, no_ids, no_ids, trie, eligibility, ks)]
     for batch in tqdm(batches, desc="evaluate", unit="batch", mininterval=0.5, disable=not progress):
@@ -65,7 +66,7 @@ def evaluate_generation(decode: Decoder, batches: Iterable[Batch], trie: Trie, e
             legal, request_group_B = legal_cache(groups_R[first : first + chunk_requests])
             step = partial(_step, decode, state, first)
             result = beam_search(step, trie, legal, request_group_B, beam_width, normalise)
-            ranked.append(expand_items(result, trie, legal[-1], request_group_B, item_priority, max(ks))[0].cpu())
+            ranked.append(expand_items(result, trie, legal[-1], request_group_B, log_share_M, max(ks))[0].cpu())
         shown = batch.target_head_N == 0
         targets = batch.target_request_N[shown].cpu(), batch.target_item_N[shown].cpu()
         sums.append(_batch_sums(torch.cat(ranked), groups_R.cpu(), *targets, trie, eligibility, ks))

@@ -39,12 +39,12 @@ class ValidationConfig(Config):
 
 @dataclass
 class Catalogue:
-    """What generation is constrained by: the trie of legal semantic IDs, who may be shown, and the order inside a leaf."""
+    """What generation is constrained by: the trie of legal semantic IDs, who may be shown, and how a leaf's items share it."""
 
     semantic_ids: SemanticIds
     trie: Trie
     eligibility: Eligibility
-    item_priority: Tensor  # float32 [catalogue items]
+    item_weight: Tensor  # float32 [catalogue items]
 
 
 def open_journeys(data: Path, splits: tuple[str, ...], evaluated: str) -> JourneyLog:
@@ -79,7 +79,7 @@ def build_validation(engine: Engine, data: Path, catalogue: Catalogue, objective
             sums += torch.tensor([float(objective(engine, batch.to(engine.device), 1).loss), float(batch.num_targets)], dtype=torch.float64)
         total, count = engine.all_reduce(sums).tolist()
         decode = ModelDecoder(engine, engine.device)
-        generation = evaluate_generation(decode, batches, catalogue.trie, catalogue.eligibility, catalogue.item_priority, config.ks,
+        generation = evaluate_generation(decode, batches, catalogue.trie, catalogue.eligibility, catalogue.item_weight, config.ks,
                                          config.beam_width, all_reduce=engine.all_reduce, progress=False)
         ranked = {f"{metric}@{k}": generation[f"{metric}@{k}"] for metric in ("hitr", "ndcg") for k in config.ks}
         return {f"validation/{name}": value for name, value in ({"loss": total / max(count, 1)} | ranked).items()}

@@ -118,15 +118,23 @@ def test_only_legal_leaves_come_out_and_a_prefix_without_leaves_never_appears(se
 
 
 @pytest.mark.parametrize("k", [1, 5, 100])
-def test_items_come_by_leaf_score_then_priority_and_only_eligible_ones(k):
+def test_items_come_by_probability_of_leaf_and_share_and_only_eligible_ones(k):
     market = Market(2)
-    priority = torch.from_numpy(np.random.default_rng(0).integers(0, 3, N))  # with ties
+    weight = torch.from_numpy(np.random.default_rng(0).integers(0, 3, N))  # with ties
     result = beam_search(market.step, market.trie, market.legal, market.request_group, 6)
-    item_BK, score_BK = expand_items(result, market.trie, market.legal[-1], market.request_group, priority, k)
+    item_BK, score_BK = expand_items(result, market.trie, market.legal[-1], market.request_group, market.trie.log_share(weight), k)
+    leaf_of = [tuple(codes) for codes in market.codes.tolist()]
     for request in range(B):
-        expected = []
-        for leaf, score in zip(*as_list(result, request), strict=True):
-            eligible = [item for item in market.groups[market.request_group[request]] if tuple(market.codes[item].tolist()) == leaf]
-            expected += [(item, float(score)) for item in sorted(eligible, key=lambda item: (-int(priority[item]), item))]
-        expected = (expected + [(-1, -math.inf)] * k)[:k]
-        assert list(zip(item_BK[request].tolist(), score_BK[request].tolist(), strict=True)) == expected
+        score_of_leaf, expected = dict(zip(*as_list(result, request), strict=True)), []
+        for item in market.groups[market.request_group[request]]:
+            if leaf_of[item] in score_of_leaf:  # its share counts all items of the leaf, eligible or not
+                total = sum(float(weight[other]) + 0.1 for other in range(N) if leaf_of[other] == leaf_of[item])
+                expected.append((float(score_of_leaf[leaf_of[item]]) + math.log((float(weight[item]) + 0.1) / total), int(item)))
+        expected = sorted(expected, reverse=True)[:k]
+        assert item_BK[request, len(expected):].eq(-1).all() and score_BK[request, len(expected):].eq(-torch.inf).all()
+        torch.testing.assert_close(score_BK[request, : len(expected)], torch.tensor([score for score, _ in expected]))
+        assert sorted(item_BK[request, : len(expected)].tolist()) == sorted(item for _, item in expected) or k < N
+        score_of_item = {item: score for score, item in expected}
+        ranked = item_BK[request, : len(expected)].tolist()
+        assert all(score_of_item.get(item, expected[-1][0]) == pytest.approx(score, abs=1e-5) for item, (score, _) in
+                   zip(ranked, expected, strict=True))

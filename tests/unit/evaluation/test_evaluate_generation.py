@@ -16,7 +16,8 @@ CODES = np.random.default_rng(0).integers(0, V, (NUM_ITEMS, L))
 TRIE = Trie.from_codes(CODES, V)
 GROUPS = [np.arange(0, NUM_ITEMS, 3, dtype=np.int32), np.array([5, 6, 7], dtype=np.int32)]
 ELIGIBILITY = Eligibility(GROUPS, np.arange(NUM_ITEMS, dtype=np.int32), NUM_ITEMS)
-PRIORITY = torch.arange(NUM_ITEMS).float()
+PRIORITY = torch.arange(NUM_ITEMS).float()  # weight of an item in its leaf
+SHARE = np.array([(item + 0.1) / (np.flatnonzero((codes == CODES).all(axis=1)) + 0.1).sum() for item, codes in enumerate(CODES)])
 
 
 def make_batch(num_requests, seed):
@@ -61,8 +62,8 @@ def slow_metrics(batches, k):
             codes = torch.from_numpy(CODES[items])
             rows = torch.full((len(items),), request)
             score = sum(decoder.step_log_probs(batch.request_token_R, rows, codes[:, :level]).gather(1, codes[:, level : level + 1])[:, 0]
-                        for level in range(L))
-            order = sorted(range(len(items)), key=lambda slot: (-round(float(score[slot]), 5), -items[slot]))
+                        for level in range(L)) + torch.from_numpy(np.log(SHARE[items]))
+            order = sorted(range(len(items)), key=lambda slot: -float(score[slot]))
             ranked = [int(items[slot]) for slot in order][:k]
             total, eligible = total + 1, eligible + (item in items)
             if item in ranked:

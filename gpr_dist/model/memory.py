@@ -1,0 +1,35 @@
+"""Bytes per rank by arithmetic: training state exactly by ZeRO stage, activations as an estimate."""
+
+from gpr_dist.model.gpr import GPRConfig
+
+# What is kept of a token in one encoder layer, in model widths: input, norm, q k v u before and after SiLU, rotated q and k,
+# attention output, gated output, its grouped copy, FFN output and its norm; the FFN's inner activations come on top.
+_HSD_WIDTHS, _HSD_INNER = 17, 2
+_PTD_WIDTHS, _PTD_INNER = 18, 2
+
+
+def state_bytes(num_parameters: int, zero_stage: int, world_size: int, precision: str) -> float:
+    """Parameters, float32 gradients, float32 master weights and two Adam moments, sharded as the stage says (ZeRO, 1910.02054)."""
+    parameters, gradients, optimizer = (4.0, 4.0, 8.0) if precision == "fp32" else (2.0, 4.0, 12.0)
+    if zero_stage >= 1:
+        optimizer /= world_size
+    if zero_stage >= 2:
+        gradients /= world_size
+    if zero_stage >= 3:
+        parameters /= world_size
+    return num_parameters * (parameters + gradients + optimizer)
+
+
+def activation_bytes(config: GPRConfig, tokens: int, decoded_per_token: float, precision: str) -> float:
+    """Activations kept for the backward pass of one micro-batch; an estimate that counts the large tensors.
+
+    Args: decoded_per_token: decoder positions (targets x levels) per journey token.
+    """
+    size = 4 if precision == "fp32" else 2
+    d = config.width
+    per_layer = d if config.hsd.activation_checkpointing else _HSD_WIDTHS * d + _HSD_INNER * int(config.hsd.ffn_multiple * d)
+    hsd = tokens * per_layer * config.hsd.num_layers
+    ptd_layer = _PTD_WIDTHS * d + _PTD_INNER * int(config.ptd.ffn_multiple * d)
+    decoded = tokens * decoded_per_token
+    logits = decoded * config.codebook_size * (size + 8)  # logits, their float32 copy and its softmax
+    return size * (hsd + decoded * ptd_layer * config.ptd.num_layers + tokens * 2 * d) + logits

@@ -1,0 +1,111 @@
+"""Evaluate a checkpoint on a held-out split, beside popularity, personal frequency and a first-order Markov chain.
+
+All rankers see the same requests, the same eligible ads and only what happened before each request. Works without a GPU and without
+DeepSpeed: the weights are read from a checkpoint of any world size.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from gpr_dist.config import Config, build_config, parse_cli
+from gpr_dist.data.loader import LoaderConfig, iter_once
+from gpr_dist.data.sampler import World
+from gpr_dist.decoding.model_decoder import ModelDecoder
+from gpr_dist.errors import CheckpointError, run_cli
+from gpr_dist.evaluation.baselines import evaluate_baselines, popularity
+from gpr_dist.evaluation.evaluate import comparison_table, evaluate_generation
+from gpr_dist.evaluation.validate import ValidationConfig, open_catalogue, open_journeys
+from gpr_dist.model.gpr import GPR, GPRConfig
+from gpr_dist.schema import write_atomic
+from gpr_dist.tokenizer.semantic_ids import SemanticIds
+from gpr_dist.training import checkpoint
+
+SPLITS = ("train", "validation", "test")
+
+
+class EvaluateConfig(Config):
+    """What to evaluate and on what."""
+
+    checkpoint: Path = Path("runs/quickstart")
+    """run folder (its newest intact checkpoint) or one step folder"""
+    data: Path | None = None
+    """data set folder; none = the one the run was trained on"""
+    tokenizer: Path | None = None
+    """tokenizer bundle; none = the run's"""
+    split: Literal["validation", "test"] = "test"
+    """what is held out"""
+    baselines: bool = True
+    """evaluate the baselines too"""
+    micro_batch_tokens: int = 16384
+    """journey tokens encoded at once"""
+    settings: ValidationConfig = ValidationConfig()
+    """cut-offs, beam, baselines"""
+    out: Path | None = None
+    """JSON report; none = <run>/evaluation-<split>.json"""
+
+
+def main() -> int:
+    config, args = parse_cli(EvaluateConfig, __doc__)
+    folder = find_checkpoint(config.checkpoint)
+    state = checkpoint.read_state(folder)
+    trained = state["config"]
+    data = config.data or Path(trained["data"]["folder"])
+    semantic_ids = SemanticIds.load(config.tokenizer or Path(trained["data"]["tokenizer"] or data / "tokenizer"))
+    semantic_ids.check_codebooks(state["fingerprints"]["tokenizer"], str(folder))
+    if args.dry_run:
+        print(f"would evaluate {folder} on the {config.split} split of {data}")
+        return 0
+
+    log = open_journeys(data, SPLITS[: SPLITS.index(config.split) + 1], config.split)
+    catalogue = open_catalogue(data, semantic_ids, popularity(log, semantic_ids.num_items, config.settings.baselines), "cpu")
+    model = load_model(folder, trained["model"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    catalogue.trie = catalogue.trie.to(device)
+    batches = iter_once(data / "shards" / config.split, LoaderConfig(micro_batch_tokens=config.micro_batch_tokens), World(0, 1),
+                        semantic_ids.codes_NL, model.config.num_mtp_heads, config.settings.max_rows)
+    decode = ModelDecoder(model.to(device), device)
+    results = {f"GPR {folder.name}": evaluate_generation(decode, batches, catalogue.trie, catalogue.eligibility, catalogue.item_weight,
+                                                         config.settings.ks, config.settings.beam_width)}
+    if config.baselines:
+        results |= evaluate_baselines(log, catalogue.eligibility, semantic_ids.num_items, config.settings.baselines, config.settings.ks)
+    report(results, config, folder, data)
+    return 0
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A step folder as given, or the newest intact one of a run folder. Raises: CheckpointError."""
+    if checkpoint.STEP_FOLDER.fullmatch(path.name):
+        problem = checkpoint.verify(path)
+        if problem:
+            raise CheckpointError(f"{path}: {problem}")
+        return path
+    for folder in reversed(checkpoint.list_steps(path)):
+        if checkpoint.verify(folder) is None:
+            return folder
+    raise CheckpointError(f"{path} has no complete checkpoint; train first, or give a step folder")
+
+
+def load_model(folder: Path, config: dict[str, Any]) -> GPR:
+    """The model of a checkpoint, float32, in evaluation mode."""
+    model = GPR(build_config(GPRConfig, config, str(folder)))
+    model.load_state_dict(dict(checkpoint.iter_weights(folder)))
+    return model.eval()
+
+
+def report(results: dict[str, dict[str, float]], config: EvaluateConfig, folder: Path, data: Path) -> None:
+    """Print the table and write everything as JSON."""
+    out = config.out or folder.parent / f"evaluation-{config.split}.json"
+    document = {"checkpoint": str(folder), "data": str(data), "split": config.split, "results": results}
+    write_atomic(out, json.dumps(document, indent=1).encode())
+    model = next(iter(results.values()))
+    print(f"\n{config.split} split of {data}: {model['num_requests']:.0f} requests, {model['num_targets']:.0f} ads, "
+          f"ranked among the ads eligible at each request\n")
+    print(comparison_table(results, config.settings.ks))
+    print(f"\nillegal items emitted: {model['illegal_items']:.0f}   {model['requests_per_s']:.0f} requests/s   report: {out}", flush=True)
+
+
+if __name__ == "__main__":
+    run_cli(main)
