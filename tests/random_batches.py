@@ -43,6 +43,8 @@ def random_batch(seed: int, num_rows: int = 3, num_heads: int = 4, num_levels: i
             targets += [(request, 0, ads[k]) for k in range(first, end)]
             targets += [(request, j, ads[first + j]) for j in range(1, num_heads) if first + j < len(ads)]
 
+    targets.sort(key=lambda target: (target[1], target[0]))  # by head, then by request, as collate lays them out
+
     def column(name: str, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.tensor([t[name] for t in tokens], dtype=dtype)
 

@@ -92,7 +92,5 @@ class GPR(nn.Module):
 
     def _decode(self, intents: Intents, request_N: Tensor, head_N: Tensor, prefix_Nl: Tensor) -> Tensor:
         """Log-probabilities [N, V] of the code after each prefix; requests in any order."""
-        order = intents.row_R[request_N].argsort(stable=True)  # the decoder wants targets sorted by row
-        inverse = order.argsort()
-        _, logits_NlV = self.ptd(intents, request_N[order], head_N[order], self.codes(prefix_Nl[order]))
-        return log_probs(logits_NlV[inverse, -1])
+        _, logits_NlV = self.ptd(intents, request_N, head_N, self.codes(prefix_Nl))
+        return log_probs(logits_NlV[:, -1])

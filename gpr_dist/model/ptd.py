@@ -111,18 +111,20 @@ class PTD(nn.Module):
         return seen_RPD.flatten(0, 1).index_select(0, request_N * self.query_PD.shape[0] + head_N)
 
     def forward(self, intents: Intents, request_N: Tensor, head_N: Tensor, prefix_NlD: Tensor) -> tuple[Tensor, Tensor]:
-        """Decode targets sorted by row.
+        """Decode targets, in any order.
 
         Args: prefix_NlD: embeddings of the first l codes, l from 0 to L-1.
         Returns: states [N, l+1, D] and logits [N, l+1, V]: position i predicts the code of level i from the codes before it.
         """
-        x_NlD = torch.cat((self.first_input(intents, request_N, head_N)[:, None], prefix_NlD), dim=1)
+        # Attention runs row by row, so targets are put in row order on the way in; a batch brings them head by head.
+        order_N = intents.row_R[request_N].argsort(stable=True)
+        x_NlD = torch.cat((self.first_input(intents, request_N, head_N)[:, None], prefix_NlD), dim=1).index_select(0, order_N)
         length = x_NlD.shape[1]
         x_NlD = x_NlD + self.position_LD[:length]
-        query_offsets, masks = intents.masks(request_N)
+        query_offsets, masks = intents.masks(request_N[order_N])
         for block in self.blocks:
             x_NlD = block(x_NlD, intents, query_offsets, masks)
-        state_NlD = self.norm(x_NlD)
+        state_NlD = self.norm(x_NlD).index_select(0, order_N.argsort())
         # All levels' heads take part also when only a prefix is decoded: a parameter is used by every rank or by none.
         logits_NlV = torch.einsum("nld,ldv->nlv", state_NlD, self.head_LDV[:length])
         return state_NlD, logits_NlV
