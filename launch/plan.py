@@ -6,11 +6,11 @@ Reads the same config as launch/pretrain.py and, if they exist, the manifest and
 from pathlib import Path
 
 import numpy as np
-from pretrain import PretrainConfig, resolve, train_shards
 
 from gpr_dist.config import Config, load_config, parse_cli, to_yaml
 from gpr_dist.data.reader import ShardReader
 from gpr_dist.errors import DataError, run_cli
+from gpr_dist.job import PretrainConfig, resolve, train_shards
 from gpr_dist.model.flops import TRAINING_FACTOR, Work, count_parameters, forward_flops
 from gpr_dist.model.memory import activation_bytes, state_bytes
 
@@ -55,7 +55,7 @@ def main() -> int:
     counts = count_parameters(run.model)
     for part, count in [*counts.items(), ("all", sum(counts.values()))]:
         print(f"{part:>12} {count:>16,}")
-    print(f"\nmemory per rank of {config.world_size}, {run.engine.precision}, GiB (parameters + gradients + optimizer; activations estimated)")
+    print(f"\nmemory per rank of {config.world_size}, {run.engine.precision}, GiB (training state + activations, the latter estimated)")
     activations = activation_bytes(run.model, min(run.data.loader.micro_batch_tokens, work.tokens), work.decoded / max(1, work.tokens),
                                    run.engine.precision)
     for stage in range(4):

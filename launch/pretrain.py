@@ -12,75 +12,23 @@ import torch
 
 from data_pipeline.build import BuildConfig, build_data
 from data_pipeline.tokenize_items import FitTokenizerConfig, build_tokenizer
-from gpr_dist.config import Config, load_config, parse_cli, to_yaml
-from gpr_dist.data.loader import LoaderConfig, build_loader
-from gpr_dist.data.reader import ShardReader
+from gpr_dist.config import load_config, parse_cli, to_yaml
+from gpr_dist.data.loader import build_loader
 from gpr_dist.data.sampler import World
 from gpr_dist.errors import ConfigError, DataError, run_cli
-from gpr_dist.evaluation.validate import ValidationConfig, build_validation, default_popularity, open_catalogue
+from gpr_dist.evaluation.validate import build_validation, default_popularity, open_catalogue
+from gpr_dist.job import DataConfig, PretrainConfig, RunConfig, resolve, tokenizer_folder, train_shards
 from gpr_dist.model.flops import count_parameters
-from gpr_dist.model.gpr import GPR, GPRConfig
+from gpr_dist.model.gpr import GPR
 from gpr_dist.schema import write_atomic
-from gpr_dist.tokenizer.semantic_ids import SemanticIds
 from gpr_dist.training import checkpoint
-from gpr_dist.training.engine import Engine, EngineConfig, init_distributed
-from gpr_dist.training.loop import FitConfig, Progress, fit, measure_peak_flops
+from gpr_dist.training.engine import Engine, init_distributed
+from gpr_dist.training.loop import Progress, fit, measure_peak_flops
 from gpr_dist.training.objective import mtp_objective
 from gpr_dist.training.plots import plot_losses
-from gpr_dist.training.tracker import Tracker, TrackerConfig
+from gpr_dist.training.tracker import Tracker
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-class DataConfig(Config):
-    """What is trained on."""
-
-    folder: Path = Path("data/complete_journey")
-    """data set made by launch/build_data.py: catalogue/, shards/, eligibility.arrow"""
-    shards: str | None = None
-    """folder or URI of the training split, if it is not <folder>/shards/train; s3://, gs://, hdfs:// work"""
-    tokenizer: Path | None = None
-    """tokenizer bundle; none = <folder>/tokenizer"""
-    build: Path | None = None
-    """config of launch/build_data.py, run first when the data set is missing"""
-    fit_tokenizer: Path | None = None
-    """config of launch/fit_tokenizer.py, run first when the tokenizer is missing"""
-    loader: LoaderConfig = LoaderConfig()
-    """order, batch sizes, prefetching"""
-
-
-class RunConfig(Config):
-    """Where results go."""
-
-    name: str = "pretrain"
-    """run name; the run folder is <folder>/<name>"""
-    folder: Path = Path("runs")
-    """parent of run folders"""
-    seed: int = 0
-    """of initial weights and dropout"""
-    resume: bool = True
-    """continue the run's newest complete checkpoint if there is one; false = refuse a run folder that has checkpoints"""
-
-
-class PretrainConfig(Config):
-    """Everything a pretraining run depends on."""
-
-    run: RunConfig = RunConfig()
-    """names and folders"""
-    data: DataConfig = DataConfig()
-    """input"""
-    model: GPRConfig = GPRConfig()
-    """network"""
-    engine: EngineConfig = EngineConfig()
-    """sharding, precision, optimizer"""
-    train: FitConfig = FitConfig()
-    """loop"""
-    value_loss_weight: float = 0.1
-    """weight of the value regression beside the MTP loss"""
-    validation: ValidationConfig = ValidationConfig(max_rows=128)
-    """quality during training"""
-    tracker: TrackerConfig = TrackerConfig()
-    """logging"""
 
 
 def prepare_data(config: DataConfig) -> None:
@@ -95,26 +43,6 @@ def prepare_data(config: DataConfig) -> None:
         if config.fit_tokenizer is None:
             raise DataError(f"no tokenizer in {bundle}: run launch/fit_tokenizer.py, or set data.tokenizer (or data.fit_tokenizer)")
         build_tokenizer(load_config(FitTokenizerConfig, _from_root(config.fit_tokenizer), [f"data={config.folder}", f"out={bundle}"]))
-
-
-def tokenizer_folder(config: DataConfig) -> Path:
-    return config.tokenizer or config.folder / "tokenizer"
-
-
-def resolve(config: PretrainConfig) -> tuple[PretrainConfig, SemanticIds, dict[str, str]]:
-    """Fill in what data and tokenizer decide. Returns: (config, semantic IDs, fingerprints that checkpoints must carry)."""
-    manifest = ShardReader(train_shards(config.data), cache_dir=config.data.loader.cache_dir).manifest
-    semantic_ids = SemanticIds.load(tokenizer_folder(config.data))
-    semantic_ids.check_catalogue(manifest.catalogue_fingerprint, str(train_shards(config.data)))
-    model = config.model.model_copy(update={"num_levels": semantic_ids.num_levels, "codebook_size": semantic_ids.codebook_size,
-                                            "num_user_features": len(manifest.user_features),
-                                            "num_env_features": len(manifest.env_features)})
-    fingerprints = {"tokenizer": semantic_ids.codebook_fingerprint, "data": manifest.fingerprint}
-    return config.model_copy(update={"model": model}), semantic_ids, fingerprints
-
-
-def train_shards(config: DataConfig) -> str:
-    return config.shards or str(config.folder / "shards" / "train")
 
 
 def check_resume(config: RunConfig) -> None:
