@@ -5,6 +5,8 @@ cross-attention to the intents â†’ causal self-attention over the L positions â†
 the query's position: `first_input` is their place.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,15 +44,26 @@ class Intents:
         self.site_hidden_RD = hidden_TD[batch.request_token_R]
         self.window = window
 
-    def masks(self, request_N: Tensor) -> tuple[list[int], list[Tensor]]:
-        """Query offsets per row and masks for targets that are sorted by row. Returns: ([B+1], B of bool [queries, keys])."""
+    def queries(self, request_N: Tensor) -> "Queries":
+        """Group targets, given in any order, by the row whose intents they read."""
         num_rows = len(self.offsets) - 1
-        counts = torch.bincount(self.row_R[request_N], minlength=num_rows)
-        ends = counts.cumsum(0).tolist()
-        offsets = [0, *ends]
-        site = self.site_R[request_N]
-        return offsets, [intent_mask(site[offsets[b] : offsets[b + 1]], self.offsets[b + 1] - self.offsets[b], self.window)
-                         for b in range(num_rows)]
+        row_N = self.row_R[request_N]
+        order_N = row_N.argsort(stable=True)
+        offsets = [0, *torch.bincount(row_N, minlength=num_rows).cumsum(0).tolist()]
+        site = self.site_R[request_N[order_N]]
+        masks = [intent_mask(site[offsets[b] : offsets[b + 1]], self.offsets[b + 1] - self.offsets[b], self.window)
+                 for b in range(num_rows)]
+        return Queries(order_N, order_N.argsort(), offsets, masks)
+
+
+@dataclass
+class Queries:
+    """Targets grouped by row, as the attention wants them."""
+
+    order_N: Tensor  # target at each place of the grouped order
+    inverse_N: Tensor  # place of each target
+    offsets: list[int]  # [B+1]
+    masks: list[Tensor]  # B of bool [targets of the row, tokens of the row]
 
 
 class PTDBlock(nn.Module):
@@ -69,17 +82,17 @@ class PTDBlock(nn.Module):
         inner = int(config.ffn_multiple * width)
         self.ffn = nn.Sequential(nn.Linear(width, inner), nn.SiLU(), nn.Linear(inner, width))
 
-    def forward(self, x_NlD: Tensor, intents: Intents, query_offsets: list[int], masks: list[Tensor]) -> Tensor:
-        x_NlD = x_NlD + self._cross(self.norms[0](x_NlD), intents, query_offsets, masks)
+    def forward(self, x_NlD: Tensor, intents: Intents, queries: Queries) -> Tensor:
+        x_NlD = x_NlD + self._cross(self.norms[0](x_NlD), intents, queries)
         x_NlD = x_NlD + self._causal(self.norms[1](x_NlD))
         return x_NlD + self.ffn(self.norms[2](x_NlD))
 
-    def _cross(self, x_NlD: Tensor, intents: Intents, query_offsets: list[int], masks: list[Tensor]) -> Tensor:
+    def _cross(self, x_NlD: Tensor, intents: Intents, queries: Queries) -> Tensor:
         length = x_NlD.shape[1]
         q = self.query(x_NlD).flatten(0, 1).unflatten(-1, (self.num_heads, -1))
         k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in self.key_value(intents.hidden_TD).chunk(2, dim=-1))
-        masks = [mask.repeat_interleave(length, dim=0) for mask in masks] if length > 1 else masks
-        out = jagged_attention(q, k, v, [length * offset for offset in query_offsets], intents.offsets, masks, self.attention)
+        masks = [mask.repeat_interleave(length, dim=0) for mask in queries.masks]
+        out = jagged_attention(q, k, v, [length * offset for offset in queries.offsets], intents.offsets, masks, self.attention)
         return self.cross_out(out.flatten(1)).unflatten(0, (-1, length))
 
     def _causal(self, x_NlD: Tensor) -> Tensor:
