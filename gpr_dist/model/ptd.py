@@ -48,7 +48,7 @@ class Intents:
         """Group targets, given in any order, by the row whose intents they read."""
         num_rows = len(self.offsets) - 1
         row_N = self.row_R[request_N]
-        order_N = row_N.argsort(stable=True)
+        order_N = row_N.argsort(stable=True)  # a batch brings them head by head
         offsets = [0, *torch.bincount(row_N, minlength=num_rows).cumsum(0).tolist()]
         site = self.site_R[request_N[order_N]]
         masks = [intent_mask(site[offsets[b] : offsets[b + 1]], self.offsets[b + 1] - self.offsets[b], self.window)
@@ -129,15 +129,13 @@ class PTD(nn.Module):
         Args: prefix_NlD: embeddings of the first l codes, l from 0 to L-1.
         Returns: states [N, l+1, D] and logits [N, l+1, V]: position i predicts the code of level i from the codes before it.
         """
-        # Attention runs row by row, so targets are put in row order on the way in; a batch brings them head by head.
-        order_N = intents.row_R[request_N].argsort(stable=True)
-        x_NlD = torch.cat((self.first_input(intents, request_N, head_N)[:, None], prefix_NlD), dim=1).index_select(0, order_N)
+        queries = intents.queries(request_N)
+        x_NlD = torch.cat((self.first_input(intents, request_N, head_N)[:, None], prefix_NlD), dim=1).index_select(0, queries.order_N)
         length = x_NlD.shape[1]
         x_NlD = x_NlD + self.position_LD[:length]
-        query_offsets, masks = intents.masks(request_N[order_N])
         for block in self.blocks:
-            x_NlD = block(x_NlD, intents, query_offsets, masks)
-        state_NlD = self.norm(x_NlD).index_select(0, order_N.argsort())
+            x_NlD = block(x_NlD, intents, queries)
+        state_NlD = self.norm(x_NlD).index_select(0, queries.inverse_N)
         # All levels' heads take part also when only a prefix is decoded: a parameter is used by every rank or by none.
         logits_NlV = torch.einsum("nld,ldv->nlv", state_NlD, self.head_LDV[:length])
         return state_NlD, logits_NlV
