@@ -107,7 +107,10 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"override {override!r}: {parent} is a single value, it has no settings of its own")
         values = child
-    value = yaml.safe_load(text) if text else ""
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML ({error}); quote it, e.g. {key}='\"text\"'") from None
     if isinstance(value, str):  # YAML 1.1 reads 3e-4 as text; users mean the number
         with contextlib.suppress(ValueError):
             value = float(value)

@@ -53,7 +53,7 @@ def random_batch(seed: int, num_rows: int = 3, num_heads: int = 4, num_levels: i
     value = column("value", torch.float32)
     return Batch(torch.tensor(offsets), torch.arange(num_rows), column("token_type"), column("block"), column("item"),
                  column("codes").view(-1, num_levels), column("action"), column("scene"), column("timestamp"), value,
-                 torch.tensor(user).view(-1, num_fields), torch.tensor(env).view(-1, num_fields), site, row,
+                 torch.tensor(user, dtype=torch.int64), torch.tensor(env, dtype=torch.int64), site, row,
                  torch.full_like(site, -1), when, request, head, column("item")[token], column("codes")[token], column("action")[token],
                  value[token], torch.full_like(value[token], float("nan")), torch.full_like(value[token], float("nan")))
 

@@ -1,7 +1,7 @@
 """Floating-point operations and parameters of the model by arithmetic, for MFU and for launch/plan.py.
 
-Convention, stated beside every MFU we print: a multiply-add is 2 operations; matrix products and attention scores only (no norms,
-gates, softmax, embedding look-ups); attention counts only the pairs the mask allows; training costs 3 times the forward pass;
+Convention, stated beside every MFU we print: a multiply-add is 2 operations; matrix products of the three decoders and attention scores
+only (no input embedding, head adapters, norms, gates, softmax, attention among the L codes of a target); attention counts only the pairs the mask allows; training costs 3 times the forward pass;
 recomputation by activation checkpointing is not counted.
 """
 
@@ -29,10 +29,12 @@ class Work:
                     self.decoded_pairs + other.decoded_pairs)
 
 
-def work_of(batch: Batch, num_levels: int) -> Work:
+def work_of(batch: Batch, num_levels: int, intent_window: int = 0) -> Work:
     """Count a micro-batch; pairs of a prompt with later tokens of its own block are left out (a few per request)."""
     lengths = batch.offsets_B1.diff()
     site = (batch.request_token_R - batch.offsets_B1[batch.request_row_R] + 1)[batch.target_request_N]
+    if intent_window:
+        site = site.clamp_max(intent_window)
     return Work(batch.num_tokens, int((lengths * (lengths + 1) // 2).sum()), num_levels * len(batch.target_head_N),
                 num_levels * int(site.sum()))
 
@@ -42,14 +44,14 @@ def forward_flops(config: GPRConfig, work: Work) -> dict[str, float]:
     d, hsd, ptd = config.width, config.hsd, config.ptd
     hsd_token = 4 * d * d + 2 * d * int(hsd.ffn_multiple * d)
     ptd_token = (1 + 1 + 3 + 1) * d * d + 2 * d * int(ptd.ffn_multiple * d)
-    hte_position = (2 * d * d + d) * (config.num_levels + 1) / config.num_levels
+    hte_target = config.num_levels * (2 * d * d + d) + d * d + d
     return {
         "hsd.dense": 2.0 * work.tokens * hsd_token * hsd.num_layers,
         "hsd.attention": 4.0 * work.token_pairs * d * hsd.num_layers,
         "ptd.dense": 2.0 * (work.decoded * ptd_token + work.tokens * 2 * d * d) * ptd.num_layers,
         "ptd.attention": 4.0 * work.decoded_pairs * d * ptd.num_layers,
         "ptd.codes": 2.0 * work.decoded * d * config.codebook_size,
-        "hte": 2.0 * work.decoded * hte_position,
+        "hte": 2.0 * work.decoded / config.num_levels * hte_target,
     }
 
 

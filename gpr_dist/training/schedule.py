@@ -41,6 +41,6 @@ def learning_rate(config: ScheduleConfig, step: int) -> float:
     if config.shape == "cosine":
         progress = (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps)
         return floor + (config.lr - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    decay_steps = max(1, round(config.decay_frac * config.num_steps))
+    decay_steps = min(max(1, round(config.decay_frac * config.num_steps)), config.num_steps - config.warmup_steps)  # never into the warm-up
     progress = (step - (config.num_steps - decay_steps)) / decay_steps
     return config.lr - (config.lr - floor) * min(1.0, max(0.0, progress))

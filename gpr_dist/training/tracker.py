@@ -47,9 +47,7 @@ class Tracker:
         """Record the metrics of a step; keys may be grouped by a slash, values are numbers or short lists."""
         if self._file is None:
             return
-        # JSON has no NaN: a value that is not finite is written as its name, so that every reader can parse the line.
-        safe = {k: (repr(v) if isinstance(v, float) and not math.isfinite(v) else v) for k, v in metrics.items()}
-        self._file.write(json.dumps({"step": step, **safe}) + "\n")
+        self._file.write(json.dumps({"step": step, **{k: _finite_or_name(v) for k, v in metrics.items()}}) + "\n")
         self._file.flush()
         self._to_wandb(lambda run: run.log({k: v for k, v in metrics.items() if isinstance(v, int | float)}, step=step))
 
@@ -79,6 +77,13 @@ class Tracker:
         except Exception as error:
             self.say(f"W&B failed and is switched off for the rest of the run ({error}); metrics continue in {self.path}")
             self._wandb = None
+
+
+def _finite_or_name(value: Any) -> Any:
+    """JSON has no NaN: a number that is not finite is written as its name, so that every reader can parse the line."""
+    if isinstance(value, list | tuple):
+        return [_finite_or_name(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
