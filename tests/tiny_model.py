@@ -61,7 +61,7 @@ def assert_same(found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor,
 
 def reorder_targets(batch: Batch, order_N: Tensor) -> Batch:
     """The same targets in another order."""
-    targets = [f.name for f in dataclasses.fields(Batch) if f.name.startswith("target_")]
+    targets = [f.name for f in dataclasses.fields(Batch) if f.name.startswith("target_") and getattr(batch, f.name) is not None]
     return dataclasses.replace(batch, **{name: getattr(batch, name)[order_N] for name in targets})
 
 
