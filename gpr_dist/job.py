@@ -29,6 +29,8 @@ class DataConfig(Config):
     """config of launch/build_data.py, run first when the data set is missing"""
     fit_tokenizer: Path | None = None
     """config of launch/fit_tokenizer.py, run first when the tokenizer is missing"""
+    legal_softmax: bool = True
+    """train with the softmax over the codes legal at each request (the paper's); false = over all codes"""
     loader: LoaderConfig = LoaderConfig()
     """order, batch sizes, prefetching"""
 

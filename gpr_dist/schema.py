@@ -166,6 +166,7 @@ class Batch:
     target_value_N: Tensor  # float32
     target_pctr_N: Tensor  # float32
     target_pcvr_N: Tensor  # float32
+    target_legal_NLV: Tensor | None = None  # bool, codes the training softmax runs over; None = all (gpr_dist/data/legal.py)
 
     @property
     def num_rows(self) -> int:
@@ -182,7 +183,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """A copy on `device`."""
-        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{name: None if value is None else value.to(device, non_blocking=True) for name, value in values.items()})
 
 
 def write_atomic(path: Path, data: bytes) -> None:

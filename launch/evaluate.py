@@ -68,7 +68,8 @@ def main() -> int:
                         semantic_ids.codes_NL, model.config.num_mtp_heads, config.settings.max_rows)
     decode = ModelDecoder(model.to(device), device)
     results = {f"GPR {folder.name}": evaluate_generation(decode, batches, catalogue.trie, catalogue.eligibility, catalogue.item_weight,
-                                                         config.settings.ks, config.settings.beam_width)}
+                                                         config.settings.ks, config.settings.beam_width,
+                                                         "legal" if trained["data"]["legal_softmax"] else "all")}
     if config.baselines:
         results |= evaluate_baselines(log, catalogue.eligibility, semantic_ids.num_items, config.settings.baselines, config.settings.ks)
     report(results, config, folder, data)

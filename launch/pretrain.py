@@ -13,6 +13,7 @@ import torch
 from data_pipeline.build import BuildConfig, build_data
 from data_pipeline.tokenize_items import FitTokenizerConfig, build_tokenizer
 from gpr_dist.config import load_config, parse_cli, to_yaml
+from gpr_dist.data.legal import LegalCodes
 from gpr_dist.data.loader import build_loader
 from gpr_dist.data.sampler import World
 from gpr_dist.errors import ConfigError, DataError, run_cli
@@ -68,13 +69,14 @@ def main() -> int:
     torch.manual_seed(config.run.seed)
     engine = Engine(GPR(config.model), config.engine)
     torch.manual_seed(config.run.seed * 1_000_003 + rank)  # dropout differs between ranks
-    loader = build_loader(train_shards(config.data), config.data.loader, World(rank, world_size), semantic_ids.codes_NL,
-                          config.model.num_mtp_heads)
-    objective = mtp_objective(config.model.num_mtp_heads, config.value_loss_weight)
     popularity = default_popularity(config.data.folder, semantic_ids, config.validation.baselines)
     catalogue = open_catalogue(config.data.folder, semantic_ids, popularity, engine.device)
+    legal = LegalCodes(semantic_ids.codes_NL, semantic_ids.codebook_size, catalogue.eligibility) if config.data.legal_softmax else None
+    loader = build_loader(train_shards(config.data), config.data.loader, World(rank, world_size), semantic_ids.codes_NL,
+                          config.model.num_mtp_heads, legal)
+    objective = mtp_objective(config.model.num_mtp_heads, config.value_loss_weight)
     validate = build_validation(engine, config.data.folder, catalogue, objective, config.validation, config.data.loader,
-                                config.model.num_mtp_heads)
+                                config.model.num_mtp_heads, legal)
 
     restored = checkpoint.load_latest(engine, run, fingerprints)
     progress = Progress(**restored.state["progress"]) if restored else Progress()

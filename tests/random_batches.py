@@ -61,13 +61,14 @@ def random_batch(seed: int, num_rows: int = 3, num_heads: int = 4, num_levels: i
 def empty_batch(num_levels: int = 3, num_fields: int = 2) -> Batch:
     """What a rank gets when a step has no rows for it."""
     full = random_batch(0, num_levels=num_levels, num_fields=num_fields)
-    parts = {f.name: getattr(full, f.name)[:0] for f in dataclasses.fields(Batch)}
+    parts = {f.name: getattr(full, f.name)[:0] for f in dataclasses.fields(Batch) if getattr(full, f.name) is not None}
     return Batch(**{**parts, "offsets_B1": torch.zeros(1, dtype=torch.int64)})
 
 
 def concat_batches(batches: list[Batch]) -> Batch:
     """The rows of several batches in one."""
-    parts = {f.name: torch.cat([getattr(b, f.name) for b in batches]) for f in dataclasses.fields(Batch)}
+    names = [f.name for f in dataclasses.fields(Batch) if getattr(batches[0], f.name) is not None]
+    parts = {name: torch.cat([getattr(b, name) for b in batches]) for name in names}
     tokens = rows = requests = 0
     offsets, sites, site_rows, target_requests = [torch.zeros(1, dtype=torch.int64)], [], [], []
     for b in batches:

@@ -112,19 +112,20 @@ def collate(parts: Sequence[tuple[pa.RecordBatch | JourneyColumns, np.ndarray]],
         row = request_row_R[short[0]]
         raise DataError(f"{where(int(row_ids_B[row]))}: {g['eligibility_length'][row]} eligibility groups, but an ad in block "
                         f"{request_block_R[short[0]]}; rebuild the shards")
+    tensor = torch.from_numpy
     return Batch(
-        offsets_B1=torch.from_numpy(offsets_B1), row_ids_B=_int64(np.asarray(row_ids_B)), token_type_T=_int64(g["token_type"]),
-        block_T=_int64(g["block"]), item_T=_int64(g["item"]), codes_TL=_codes(g["item"], codes_ML), action_T=_int64(g["action"]),
-        scene_T=_int64(g["scene"]), timestamp_T=_int64(g["timestamp"]), value_T=torch.from_numpy(g["value"]),
+        offsets_B1=tensor(offsets_B1), row_ids_B=_int64(np.asarray(row_ids_B)), token_type_T=_int64(g["token_type"]),
+        block_T=_int64(g["block"]), item_T=_int64(g["item"]), codes_TL=tensor(_codes(g["item"], codes_ML)), action_T=_int64(g["action"]),
+        scene_T=_int64(g["scene"]), timestamp_T=_int64(g["timestamp"]), value_T=tensor(g["value"]),
         user_features_UF=_int64(g["user_features"].reshape(-1, num_user_features) if num_user_features else np.zeros((0, 0))),
         env_features_EF=_int64(g["env_features"].reshape(-1, num_env_features) if num_env_features else np.zeros((0, 0))),
         request_token_R=_int64(offsets_B1[request_row_R] + first_position - 1), request_row_R=_int64(request_row_R),
         request_eligibility_R=_int64(g["eligibility"][eligibility_start[request_row_R] + request_block_R]),
         request_time_R=_int64(g["ad_timestamp"][first_ad]), target_request_N=_int64(np.concatenate(target_request)),
         target_head_N=_int64(np.concatenate(target_head)), target_item_N=_int64(g["ad_item"][target_ad]),
-        target_codes_NL=_codes(g["ad_item"][target_ad], codes_ML), target_action_N=_int64(g["ad_action"][target_ad]),
-        target_value_N=torch.from_numpy(g["ad_value"][target_ad]), target_pctr_N=torch.from_numpy(g["ad_pctr"][target_ad]),
-        target_pcvr_N=torch.from_numpy(g["ad_pcvr"][target_ad]))
+        target_codes_NL=tensor(_codes(g["ad_item"], codes_ML).take(target_ad, axis=0)), target_action_N=_int64(g["ad_action"][target_ad]),
+        target_value_N=tensor(g["ad_value"][target_ad]), target_pctr_N=tensor(g["ad_pctr"][target_ad]),
+        target_pcvr_N=tensor(g["ad_pcvr"][target_ad]))
 
 
 def _gather(journeys: JourneyColumns, rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -173,19 +174,19 @@ def _int64(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.int64))
 
 
-def _codes(item: np.ndarray, codes_ML: np.ndarray) -> torch.Tensor:
+def _codes(item: np.ndarray, codes_ML: np.ndarray) -> np.ndarray:
     if len(codes_ML) == 0:
-        return torch.full((len(item), codes_ML.shape[1]), -1)
-    codes = codes_ML.take(item, axis=0, mode="clip").astype(np.int64)
-    codes[item < 0] = -1
-    return torch.from_numpy(codes)
+        return np.full((len(item), codes_ML.shape[1]), -1)
+    codes = codes_ML.take(item, axis=0, mode="clip").astype(np.int64, copy=False)
+    codes |= (item >> (8 * item.itemsize - 1)).astype(np.int64)[:, None]  # the sign bit spread out: -1 where there is no item
+    return codes
 
 
 def _check_items(item: np.ndarray, token_type: np.ndarray | None, num_items: int, where: Callable[[int], str]) -> None:
     """O and I tokens (odd types) have an item of the catalogue, U and E tokens none."""
-    wants_item = True if token_type is None else (token_type & 1) == 1
-    wrong = ((item >= 0) != wants_item) | (item >= num_items)
-    if wrong.any():
+    wants_item = np.ones(len(item), bool) if token_type is None else (token_type & 1) == 1
+    if item.max(initial=-1) >= num_items or not np.array_equal(item >= 0, wants_item):
+        wrong = ((item >= 0) != wants_item) | (item >= num_items)
         at = int(np.flatnonzero(wrong)[0])
         kind = "I" if token_type is None else TokenType(int(token_type[at])).name
         raise DataError(f"{where(at)}: item {item[at]} at a token of type {kind}, but the catalogue has {num_items} items; "
@@ -194,9 +195,8 @@ def _check_items(item: np.ndarray, token_type: np.ndarray | None, num_items: int
 
 def _check_side(lengths: np.ndarray, token_type: np.ndarray, offsets_B1: np.ndarray, kind: TokenType, width: int, row_ids_B: np.ndarray,
                 where: Callable[[int], str]) -> None:
-    counts = np.diff(np.searchsorted(np.flatnonzero(token_type == kind), offsets_B1))
-    wrong = np.flatnonzero(lengths != counts * width)
-    if len(wrong):
-        row = wrong[0]
+    if lengths.sum() != np.count_nonzero(token_type == kind) * width:
+        counts = np.diff(np.searchsorted(np.flatnonzero(token_type == kind), offsets_B1))
+        row = np.flatnonzero(lengths != counts * width)[0]
         raise DataError(f"{where(int(row_ids_B[row]))}: {lengths[row]} features at {counts[row]} {kind.name} tokens, the manifest "
                         f"names {width} for each; rebuild the shards")

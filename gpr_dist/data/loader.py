@@ -8,7 +8,7 @@ import itertools
 import math
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from pydantic import Field
 
 from gpr_dist.config import Config
 from gpr_dist.data.collate import JourneyColumns, collate
+from gpr_dist.data.legal import LegalCodes
 from gpr_dist.data.reader import ShardReader
 from gpr_dist.data.sampler import EpochPlan, Sampling, World, build_sampling, owned_streams, pack_in_order, pack_step
 from gpr_dist.errors import DataError
@@ -68,10 +69,10 @@ class Step:
 class Loader:
     """Iterate for `Step`s, endlessly over epochs. `state_dict` always describes the next step the consumer will get."""
 
-    def __init__(self, reader: ShardReader, sampling: Sampling, world: World, codes_ML: np.ndarray, num_heads: int, prefetch_steps: int,
-                 read_threads: int) -> None:
-        self.reader, self.sampling, self.world = reader, sampling, world
-        self._codes_ML, self._num_heads = codes_ML, num_heads
+    def __init__(self, reader: ShardReader, sampling: Sampling, world: World, make_batch: "Callable[[HeldRows, np.ndarray], Batch]",
+                 prefetch_steps: int, read_threads: int) -> None:
+        """Args: make_batch: from the rows in memory and the global row numbers of a micro-batch to the micro-batch."""
+        self.reader, self.sampling, self.world, self._make_batch = reader, sampling, world, make_batch
         self._prefetch_steps, self._read_threads = prefetch_steps, read_threads
         self._epoch = self._step = 0
 
@@ -113,7 +114,7 @@ class Loader:
                 for step in range(start, min((number + 1) * plan.steps_per_window, plan.num_steps)):
                     rows_Cg, tokens_Cg = plan.step_rows(window, step)
                     packed = pack_step(rows_Cg, tokens_Cg, self.world, self.sampling.micro_batch_tokens, self.sampling.quadratic_at)
-                    yield Step(plan.epoch, step, [rows.collate(chosen, self._codes_ML, self._num_heads) for chosen in packed])
+                    yield Step(plan.epoch, step, [self._make_batch(rows, chosen) for chosen in packed])
 
     def _windows(self, epoch: int, first_step: int, ahead: ThreadPoolExecutor, readers: ThreadPoolExecutor) -> Iterator[tuple]:
         """(epoch plan, window number, window, this rank's rows of it), each loaded while the one before is used."""
@@ -175,14 +176,18 @@ class HeldRows:
     def collate(self, rows: np.ndarray, codes_ML: np.ndarray, num_heads: int) -> Batch:
         """The micro-batch of these global rows, in this order; rows that were not read are left out."""
         manifest = self.reader.manifest
+        rows, position = self.find(rows)
+        return collate([] if self.journeys is None else [(self.journeys, position)], rows, codes_ML, num_heads,
+                       len(manifest.user_features), len(manifest.env_features), self.reader.locate)
+
+    def find(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Those of the global rows that are here, and their places in `journeys`."""
+        if self.journeys is None:
+            return rows[:0], rows[:0]
         run = np.searchsorted(self.first_row, rows, side="right") - 1
-        if len(self.first_row):
-            there = (run >= 0) & (rows < self.first_row[run] + self.num_rows[run])
-            rows, run = rows[there], run[there]
-            position = rows - self.first_row[run] + (np.cumsum(self.num_rows) - self.num_rows)[run]
-        parts = [(self.journeys, position)] if self.journeys is not None else []
-        return collate(parts, rows if parts else rows[:0], codes_ML, num_heads, len(manifest.user_features), len(manifest.env_features),
-                       self.reader.locate)
+        here = (run >= 0) & (rows < self.first_row[run] + self.num_rows[run])
+        rows, run = rows[here], run[here]
+        return rows, rows - self.first_row[run] + (np.cumsum(self.num_rows) - self.num_rows)[run]
 
 
 class OnePass:
@@ -192,10 +197,9 @@ class OnePass:
     gets empty batches.
     """
 
-    def __init__(self, reader: ShardReader, world: World, codes_ML: np.ndarray, num_heads: int, micro_batch_tokens: int,
+    def __init__(self, reader: ShardReader, world: World, make_batch: "Callable[[HeldRows, np.ndarray], Batch]", micro_batch_tokens: int,
                  max_rows: int | None = None, prefetch_batches: int = 2) -> None:
-        self.reader, self.world = reader, world
-        self._codes_ML, self._num_heads, self._prefetch_batches = codes_ML, num_heads, prefetch_batches
+        self.reader, self.world, self._make_batch, self._prefetch_batches = reader, world, make_batch, prefetch_batches
         self._bounds = pack_in_order(reader.num_tokens[:max_rows], micro_batch_tokens)
 
     def __len__(self) -> int:
@@ -209,13 +213,15 @@ class OnePass:
         for number in range(self.world.rank * len(self), (self.world.rank + 1) * len(self)):
             first, last = self._bounds[np.minimum([number, number + 1], len(self._bounds) - 1)]
             rows = np.arange(first, last)
-            yield HeldRows.load(self.reader, rows, kept=kept).collate(rows, self._codes_ML, self._num_heads)
+            yield self._make_batch(HeldRows.load(self.reader, rows, kept=kept), rows)
 
 
-def build_loader(folder: str | Path, config: LoaderConfig, world: World, codes_ML: np.ndarray, num_heads: int) -> Loader:
+def build_loader(folder: str | Path, config: LoaderConfig, world: World, codes_ML: np.ndarray, num_heads: int,
+                 legal: LegalCodes | None = None) -> Loader:
     """Open a split (path or URI) for training.
 
-    Args: codes_ML: semantic ID of each catalogue item, [num_items, L]; num_heads: MTP heads.
+    Args: codes_ML: semantic ID of each catalogue item, [num_items, L]; num_heads: MTP heads; legal: adds the codes that the training
+        softmax runs over (none = all codes).
     Raises: ConfigError for sizes that do not fit; DataError for a damaged or empty split, or codes of another catalogue.
     """
     sampling = build_sampling(config.seed, config.global_batch_size, world.size, config.micro_batch_tokens, config.num_streams,
@@ -224,15 +230,23 @@ def build_loader(folder: str | Path, config: LoaderConfig, world: World, codes_M
     if reader.manifest.num_rows == 0:
         raise DataError(f"{folder} has no journeys; check the time cut-offs of the build")
     _check_codes(reader, codes_ML)
-    return Loader(reader, sampling, world, codes_ML, num_heads, config.prefetch_steps, config.read_threads)
+    return Loader(reader, sampling, world, _batch_maker(codes_ML, num_heads, legal), config.prefetch_steps, config.read_threads)
 
 
 def iter_once(folder: str | Path, config: LoaderConfig, world: World, codes_ML: np.ndarray, num_heads: int,
-              max_rows: int | None = None) -> OnePass:
+              max_rows: int | None = None, legal: LegalCodes | None = None) -> OnePass:
     """Open a split for one deterministic pass, each row on exactly one rank; `max_rows`: only the first so many rows."""
     reader = ShardReader(folder, config.verify, config.on_corrupt, config.cache_dir)
     _check_codes(reader, codes_ML)
-    return OnePass(reader, world, codes_ML, num_heads, config.micro_batch_tokens, max_rows)
+    return OnePass(reader, world, _batch_maker(codes_ML, num_heads, legal), config.micro_batch_tokens, max_rows)
+
+
+def _batch_maker(codes_ML: np.ndarray, num_heads: int, legal: LegalCodes | None) -> "Callable[[HeldRows, np.ndarray], Batch]":
+    def make(held: HeldRows, rows: np.ndarray) -> Batch:
+        batch = held.collate(rows, codes_ML, num_heads)
+        return batch if legal is None else legal.add_to(batch)
+
+    return make
 
 
 def prefetch(items: Iterable[T], depth: int) -> Iterator[T]:

@@ -97,6 +97,10 @@ class ShardReader:
             log.warning("skipped %d journeys: %s", self.num_rows[number], error)
             return None
 
+    def forget_verified(self) -> None:
+        """Compare every checksum again at its next read, e.g. after the storage was repaired."""
+        self._unverified[:] = self.verify != "never"
+
     def locate(self, row: int) -> str:
         """File, batch and row in it of a global row number, for messages."""
         number = int(np.searchsorted(self.first_row, row, side="right")) - 1

@@ -240,12 +240,14 @@ def spread(tokens_WK: np.ndarray, num_bins: int, budget: int, quadratic_at: int)
         if shared == 0:
             continue
         load, used = np.zeros((len(ranks), shared)), np.zeros((len(ranks), shared), np.int64)
+        each = np.arange(len(ranks))[:, None]
+        row_work = work(tokens_WK[ranks], quadratic_at)
         for start in range(too_long, num_rows, shared):  # one row for each bin: the longest to the lightest
             tokens = tokens_WK[ranks, start:start + shared]
             bins = np.argsort(load, axis=1, kind="stable")[:, :tokens.shape[1]]
             bins_WK[ranks, start:start + shared] = bins
-            for total, added in ((load, work(tokens, quadratic_at)), (used, tokens)):
-                np.put_along_axis(total, bins, np.take_along_axis(total, bins, 1) + added, 1)
+            load[each, bins] += row_work[:, start:start + shared]  # a bin appears once per rank
+            used[each, bins] += tokens
         if used.max() > budget:
             return None
     return bins_WK

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gpr_dist.config import Config
 from gpr_dist.data.eligibility import Eligibility
+from gpr_dist.data.legal import LegalCodes
 from gpr_dist.data.loader import LoaderConfig, iter_once
 from gpr_dist.data.reader import ShardReader
 from gpr_dist.data.sampler import World
@@ -65,11 +66,11 @@ def open_catalogue(data: Path, semantic_ids: SemanticIds, popularity_I: np.ndarr
 
 
 def build_validation(engine: Engine, data: Path, catalogue: Catalogue, objective: Objective, config: ValidationConfig, loader: LoaderConfig,
-                     num_heads: int) -> Callable[[], dict[str, float]]:
+                     num_heads: int, legal: LegalCodes | None) -> Callable[[], dict[str, float]]:
     """The function `fit` calls: validation/loss and ranking metrics over `config.max_rows` journeys (collective)."""
     world = World(engine.rank, engine.world_size)
     codes_ML = catalogue.semantic_ids.codes_NL
-    batches = iter_once(data / "shards" / "validation", loader, world, codes_ML, num_heads, config.max_rows)
+    batches = iter_once(data / "shards" / "validation", loader, world, codes_ML, num_heads, config.max_rows, legal)
 
     @torch.no_grad()
     def validate() -> dict[str, float]:
@@ -80,7 +81,7 @@ def build_validation(engine: Engine, data: Path, catalogue: Catalogue, objective
         total, count = engine.all_reduce(sums).tolist()
         decode = ModelDecoder(engine, engine.device)
         generation = evaluate_generation(decode, batches, catalogue.trie, catalogue.eligibility, catalogue.item_weight, config.ks,
-                                         config.beam_width, all_reduce=engine.all_reduce, progress=False)
+                                         config.beam_width, "legal" if legal else "all", all_reduce=engine.all_reduce, progress=False)
         ranked = {f"{metric}@{k}": generation[f"{metric}@{k}"] for metric in ("hitr", "ndcg") for k in config.ks}
         return {f"validation/{name}": value for name, value in ({"loss": total / max(count, 1)} | ranked).items()}
 

@@ -7,8 +7,10 @@ from torch import Tensor
 # N targets (request, head, ad)  P MTP heads  L levels  V codes per level
 
 
-def code_nll(logits_NLV: Tensor, codes_NL: Tensor) -> Tensor:
-    """-log p of every true code, float32 nats [N, L]."""
+def code_nll(logits_NLV: Tensor, codes_NL: Tensor, legal_NLV: Tensor | None = None) -> Tensor:
+    """-log p of every true code, float32 nats [N, L]; with `legal_NLV` (bool) the softmax runs over the legal codes only."""
+    if legal_NLV is not None:
+        logits_NLV = logits_NLV.float().masked_fill(~legal_NLV, float("-inf"))
     return F.cross_entropy(logits_NLV.float().transpose(1, 2), codes_NL, reduction="none")
 
 
