@@ -28,18 +28,29 @@ class EmbeddingConfig(Config):
 
 
 class CodeEmbedding(nn.Module):
-    """One table for the codes of all levels, shared by input tokens and the decoder's inputs (tied)."""
+    """One table for the codes of all levels: input of journey tokens, input of the decoder, and output weights of the decoder.
+
+    Tying the output too lets the model repeat: what attention brings from a past item is already the direction of its codes' logits.
+    """
 
     def __init__(self, num_levels: int, codebook_size: int, width: int) -> None:
         super().__init__()
         self.codebook_size = codebook_size
         self.table = nn.Embedding(num_levels * codebook_size, width)
+        self.bias_LV = nn.Parameter(torch.zeros(num_levels, codebook_size))
         nn.init.normal_(self.table.weight, std=width**-0.5)
 
-    def forward(self, codes_Nl: Tensor, first_level: int = 0) -> Tensor:
-        """Embeddings [N, l, D] of codes [N, l] at levels first_level, first_level+1, …"""
-        level = torch.arange(codes_Nl.shape[1], device=codes_Nl.device) + first_level
-        return self.table(codes_Nl + level * self.codebook_size)
+    def forward(self, x: Tensor, task: str = "embed") -> Tensor:
+        """embed: codes [N, l] of the first l levels → [N, l, D]. logits: states [N, l, D] → logits [N, l, V] of the first l levels.
+
+        Both go through this one call because ZeRO-3 gathers a module's parameters around its forward.
+        """
+        length = x.shape[1]
+        if task == "embed":
+            return self.table(x + torch.arange(length, device=x.device) * self.codebook_size)
+        assert task == "logits", task
+        weight_lVD = self.table.weight.unflatten(0, (-1, self.codebook_size))[:length]
+        return torch.einsum("nld,lvd->nlv", x, weight_lVD) + self.bias_LV[:length]
 
 
 class FieldEmbedding(nn.Module):

@@ -70,7 +70,7 @@ class GPR(nn.Module):
         self.codes = CodeEmbedding(config.num_levels, config.codebook_size, config.width)
         self.tokens = TokenEmbedding(config.embedding, config.width, config.num_user_features, config.num_env_features)
         self.hsd = HSD(config.width, config.hsd)
-        self.ptd = PTD(config.width, config.num_mtp_heads, config.num_levels, config.codebook_size, config.ptd)
+        self.ptd = PTD(config.width, config.num_mtp_heads, config.num_levels, config.ptd)
         self.hte = HTE(config.width, config.num_levels)
 
     def forward(self, batch: Batch, task: str = "train", **arguments: Any) -> Any:
@@ -87,10 +87,10 @@ class GPR(nn.Module):
 
     def _train(self, batch: Batch) -> GPROutput:
         code_NLD = self.codes(batch.target_codes_NL)
-        state_NLD, logits_NLV = self.ptd(self._encode(batch), batch.target_request_N, batch.target_head_N, code_NLD[:, :-1])
-        return GPROutput(logits_NLV, self.hte(state_NLD, code_NLD))
+        state_NLD = self.ptd(self._encode(batch), batch.target_request_N, batch.target_head_N, code_NLD[:, :-1])
+        return GPROutput(self.codes(state_NLD, task="logits"), self.hte(state_NLD, code_NLD))
 
     def _decode(self, intents: Intents, request_N: Tensor, head_N: Tensor, prefix_Nl: Tensor) -> Tensor:
         """Log-probabilities [N, V] of the code after each prefix; requests in any order."""
-        _, logits_NlV = self.ptd(intents, request_N, head_N, self.codes(prefix_Nl))
-        return log_probs(logits_NlV[:, -1])
+        state_NlD = self.ptd(intents, request_N, head_N, self.codes(prefix_Nl))
+        return log_probs(self.codes(state_NlD, task="logits")[:, -1])

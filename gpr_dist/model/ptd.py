@@ -108,7 +108,7 @@ class PTDBlock(nn.Module):
 class PTD(nn.Module):
     """The decoder shared by the P heads; a head differs by its query vector and its linear adapter."""
 
-    def __init__(self, width: int, num_heads_mtp: int, num_levels: int, codebook_size: int, config: PTDConfig) -> None:
+    def __init__(self, width: int, num_heads_mtp: int, num_levels: int, config: PTDConfig) -> None:
         super().__init__()
         self.config = config
         self.query_PD = nn.Parameter(torch.randn(num_heads_mtp, width) * 0.02)
@@ -116,18 +116,17 @@ class PTD(nn.Module):
         self.position_LD = nn.Parameter(torch.randn(num_levels, width) * 0.02)
         self.blocks = nn.ModuleList(PTDBlock(width, config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(width)
-        self.head_LDV = nn.Parameter(torch.randn(num_levels, width, codebook_size) * 0.02)
 
     def first_input(self, intents: Intents, request_N: Tensor, head_N: Tensor) -> Tensor:
         """Input of the first position, [N, D]: the head's query plus its view of the intent at the prediction site."""
         seen_RPD = torch.einsum("rd,pde->rpe", intents.site_hidden_RD, self.adapter_PDD) + self.query_PD
         return seen_RPD.flatten(0, 1).index_select(0, request_N * self.query_PD.shape[0] + head_N)
 
-    def forward(self, intents: Intents, request_N: Tensor, head_N: Tensor, prefix_NlD: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, intents: Intents, request_N: Tensor, head_N: Tensor, prefix_NlD: Tensor) -> Tensor:
         """Decode targets, in any order.
 
         Args: prefix_NlD: embeddings of the first l codes, l from 0 to L-1.
-        Returns: states [N, l+1, D] and logits [N, l+1, V]: position i predicts the code of level i from the codes before it.
+        Returns: states [N, l+1, D]; position i predicts the code of level i from the codes before it.
         """
         queries = intents.queries(request_N)
         x_NlD = torch.cat((self.first_input(intents, request_N, head_N)[:, None], prefix_NlD), dim=1).index_select(0, queries.order_N)
@@ -135,10 +134,7 @@ class PTD(nn.Module):
         x_NlD = x_NlD + self.position_LD[:length]
         for block in self.blocks:
             x_NlD = block(x_NlD, intents, queries)
-        state_NlD = self.norm(x_NlD).index_select(0, queries.inverse_N)
-        # All levels' heads take part also when only a prefix is decoded: a parameter is used by every rank or by none.
-        logits_NlV = torch.einsum("nld,ldv->nlv", state_NlD, self.head_LDV[:length])
-        return state_NlD, logits_NlV
+        return self.norm(x_NlD).index_select(0, queries.inverse_N)
 
 
 def log_probs(logits: Tensor) -> Tensor:

@@ -137,7 +137,7 @@ def slow_logits(model, batch):
             first = max(first, site + 1 - config.ptd.intent_window)
         sequence = [intents[site] @ model.ptd.adapter_PDD[head] + model.ptd.query_PD[head]]
         sequence += [model.codes.table.weight[level * V + code] for level, code in enumerate(codes[:-1])]
-        logits.append(slow_decoder(model.ptd, torch.stack(sequence), intents[first : site + 1]))
+        logits.append(slow_decoder(model, torch.stack(sequence), intents[first : site + 1]))
     return torch.stack(logits)
 
 
@@ -165,7 +165,8 @@ def softmax_average(q_HK, seen, k_THK, v_THK):
     return torch.cat([weights[h] @ v[:, h] for h in range(q_HK.shape[0])])
 
 
-def slow_decoder(ptd, x, intents):
+def slow_decoder(model, x, intents):
+    ptd, table = model.ptd, model.codes.table.weight
     x = x + ptd.position_LD
     for block in ptd.blocks:
         heads = block.num_heads
@@ -179,7 +180,9 @@ def slow_decoder(ptd, x, intents):
         q, k, v = (split(part) for part in block.qkv(block.norms[1](x)).chunk(3, dim=1))
         x = x + block.self_out(torch.stack([softmax_average(q[i], list(range(i + 1)), k, v) for i in range(L)]))
         x = x + block.ffn(block.norms[2](x))
-    return torch.stack([ptd.norm(x)[level] @ ptd.head_LDV[level] for level in range(L)])
+    states = ptd.norm(x)
+    size = model.codes.codebook_size
+    return torch.stack([table[level * size : (level + 1) * size] @ states[level] + model.codes.bias_LV[level] for level in range(L)])
 
 
 @pytest.mark.parametrize(("attention", "window"), [("sdpa", 0), ("reference", 0), ("sdpa", 3)])

@@ -25,7 +25,7 @@ def test_codes_of_every_level_have_their_own_rows():
     codes = CodeEmbedding(L, V, 4)
     same_code = codes(torch.full((1, L), 3))[0]
     assert torch.equal(same_code, codes.table.weight[[3, V + 3, 2 * V + 3]]) and len(same_code.unique(dim=0)) == L
-    assert torch.equal(codes(torch.tensor([[5]]), first_level=2)[0, 0], codes.table.weight[2 * V + 5])
+    assert torch.equal(codes(torch.tensor([[1, 2, 5]]))[0, 2], codes.table.weight[2 * V + 5])
     assert codes(torch.zeros(0, 2, dtype=torch.long)).shape == (0, 2, 4) and codes(torch.zeros(4, 0, dtype=torch.long)).shape == (4, 0, 4)
 
 
