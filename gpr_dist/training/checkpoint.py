@@ -208,11 +208,20 @@ def _commit(folder: Path, world_size: int) -> None:
         note_path.unlink()
     state = folder / "state.json"
     files["state.json"] = {"num_bytes": state.stat().st_size, "xxh3_128": _checksum(state)}
-    write_atomic(folder / "manifest.json", json.dumps({"files": files, "ranges": ranges}).encode())
+    manifest = {"files": files, "ranges": ranges}
+    write_atomic(folder / "manifest.json", json.dumps({**manifest, "xxh3_128": _manifest_checksum(manifest)}).encode())
+
+
+def _manifest_checksum(manifest: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(manifest))
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "manifest.json").read_text())
+    """Files and ranges. Raises: OSError; ValueError when anything in it was altered."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if manifest.pop("xxh3_128", None) != _manifest_checksum(manifest):
+        raise ValueError("it does not have its own checksum")
+    return manifest
 
 
 def _key(name: str, state: str, lo: int, hi: int) -> str:

@@ -1,4 +1,4 @@
-"""What the rank processes of test_engine.py and test_checkpoint.py run; one process group runs a list of cases, because starting it is slow."""
+"""What the rank processes of test_engine.py and test_checkpoint.py run; a process group runs a list of cases, as starting is slow."""
 
 import functools
 import json
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from random_batches import concat_batches, empty_batch, random_batch
 from torch import Tensor, nn
 
 from gpr_dist.data.loader import LoaderConfig, build_loader
@@ -20,7 +21,6 @@ from gpr_dist.training.engine import Engine, EngineConfig, init_distributed
 from gpr_dist.training.loop import FitConfig, Progress, fit
 from gpr_dist.training.objective import mtp_objective
 from gpr_dist.training.tracker import Tracker, TrackerConfig
-from random_batches import concat_batches, empty_batch, random_batch
 
 ROWS_PER_STEP = 8
 LR = 3e-3
@@ -240,5 +240,5 @@ def fit_tiny(data: str, run: str, until: int, total: int = 8, zero_stage: int = 
     random = torch.rand(3).tolist()
     finite = all(bool(t.isfinite().all()) for shard in engine.state_shards() for t in shard.tensors.values())
     return {"start": start, "rows": recorded.rows, "losses": {str(line["step"]): line["loss"] for line in lines if "loss" in line},
-            "nonfinite": [line for line in lines if "nonfinite/step" in line], "error": error, "random": random, "skipped": progress.skipped,
-            "state_finite": finite, "pid": os.getpid()}
+            "nonfinite": [line for line in lines if "nonfinite/step" in line], "error": error, "random": random,
+            "skipped": progress.skipped, "state_finite": finite, "pid": os.getpid()}

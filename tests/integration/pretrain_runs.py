@@ -1,5 +1,6 @@
 """A tiny data set made by the real pipeline, and `launch/pretrain.py` started, killed and watched as a user would."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from ranks import ROOT, free_port, rank_environment
 
 from data_pipeline.build import BuildConfig, build_data
 from data_pipeline.tokenize_items import FitTokenizerConfig, build_tokenizer
 from gpr_dist.config import load_config
-from ranks import ROOT, free_port, rank_environment
 
 DAY = 86400
 NUM_USERS, NUM_ADS, NUM_ARTICLES = 240, 150, 100
@@ -77,9 +78,8 @@ class Pretraining:
         bin_folder = Path(sys.executable).parent
         commands = {
             "python": [[sys.executable, script]],
-            "torchrun": [[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), script]],
-            "deepspeed": [[sys.executable, str(bin_folder / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port()),
-                           script]],
+            "torchrun": [["torchrun", "--standalone", "--nproc-per-node", str(ranks), script]],
+            "deepspeed": [["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port()), script]],
             "ranks": [[sys.executable, script]] * ranks}[launcher]
         arguments = ["--config", str(config)] if config else []
         arguments += [*(TINY if tiny else []), *overrides]
@@ -110,10 +110,8 @@ class Pretraining:
         """To every process started."""
         for process in self.processes:
             for pid in session_members(process.pid):
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
-                except ProcessLookupError:
-                    pass
 
     def worker_pids(self) -> list[int]:
         """The Python processes that are ranks, in rank order as far as the launcher starts them in order."""
@@ -176,7 +174,7 @@ def is_script(pid: int) -> bool:
         command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
     except OSError:
         return False
-    return any(part.endswith("launch/pretrain.py") for part in command[1:4]) and "torch.distributed.run" not in command
+    return any(part.endswith("launch/pretrain.py") for part in command[1:4]) and "python" in Path(command[0]).name
 
 
 def logged_losses(run: Path) -> dict[int, float]:
