@@ -111,7 +111,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text) if text else ""
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML ({error}); quote it, e.g. {key}='\"text\"'") from None
-    if isinstance(value, str):  # YAML 1.1 reads 3e-4 as text; users mean the number
+    if isinstance(value, str) and value == text.strip():  # YAML 1.1 reads 3e-4 as text; users mean the number, unless they quote it
         with contextlib.suppress(ValueError):
             value = float(value)
     values[leaf] = value
