@@ -1,6 +1,7 @@
 """Multi-token prediction against its definition, and which weights a head's targets reach."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def test_shares_of_any_split_add_up():
     weights = uniform_head_weights(P)
     whole = mtp_loss(nll, head, weights, 13)
     cuts = [0, 3, 3, 11, 20]
-    parts = [mtp_loss(nll[a:b], head[a:b], weights, 13) for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [mtp_loss(nll[a:b], head[a:b], weights, 13) for a, b in itertools.pairwise(cuts)]
     assert parts[1] == 0
     torch.testing.assert_close(sum(parts), whole)
 
