@@ -91,7 +91,11 @@ def main() -> int:
                     f"{loader.steps_per_epoch} steps per epoch")
     save_state = {"fingerprints": fingerprints, "config": config.model_dump(mode="json")}
     peak = measure_peak_flops(config.engine.precision, engine.device)
-    fit(engine, loader, objective, config.train, config.model, run, tracker, progress, save_state, validate, peak)
+    try:
+        fit(engine, loader, objective, config.train, config.model, run, tracker, progress, save_state, validate, peak)
+    except BaseException:
+        tracker.close(exit_code=1)  # ends the progress bar's line, so that the error has one of its own
+        raise
     tracker.close()
     if rank == 0:
         print(f"run folder: {run}\nloss curves: {plot_losses(run)}", flush=True)

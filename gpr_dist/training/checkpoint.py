@@ -213,7 +213,7 @@ def _commit(folder: Path, world_size: int) -> None:
 
 
 def _manifest_checksum(manifest: dict[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(manifest))
+    return xxhash.xxh3_128_hexdigest(json.dumps(manifest).encode())
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
