@@ -1,10 +1,9 @@
-"""What the integration tests share: one tiny data set, built once by the real pipeline."""
+"""What the integration tests share: one tiny data set, built once by the real pipeline, and two uninterrupted runs on it."""
 
 from pathlib import Path
 
 import pytest
-
-from pretrain_runs import build_tiny_data
+from pretrain_runs import NUM_STEPS, Pretraining, build_tiny_data, run_pretraining
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +12,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     build_tiny_data(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def python_run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pretraining, Path]:
+    """`python launch/pretrain.py` on data that does not exist yet, W&B offline. (finished job, run folder)."""
+    folder = tmp_path_factory.mktemp("python")
+    overrides = [f"data.folder={folder}/data", f"data.build={tiny}/build.yaml", f"data.fit_tokenizer={tiny}/tokenizer.yaml",
+                 f"run.folder={folder}/runs", "run.name=whole", "train.checkpoint.every_steps=1", f"train.checkpoint.keep_last={NUM_STEPS}"]
+    return run_pretraining(folder / "job", overrides, launcher="python", wandb="offline"), folder / "runs" / "whole"
+
+
+@pytest.fixture(scope="session")
+def torchrun_run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pretraining, Path]:
+    """`torchrun --nproc-per-node 2 launch/pretrain.py` to its end. (finished job, run folder)."""
+    folder = tmp_path_factory.mktemp("torchrun")
+    job = run_pretraining(folder / "job", [f"data.folder={tiny}/data", f"run.folder={folder}/runs", "run.name=whole"])
+    return job, folder / "runs" / "whole"

@@ -20,10 +20,11 @@ from data_pipeline.tokenize_items import FitTokenizerConfig, build_tokenizer
 from gpr_dist.config import load_config
 
 DAY = 86400
+NUM_STEPS = 12
 NUM_USERS, NUM_ADS, NUM_ARTICLES = 240, 150, 100
 WORDS = [a + b for a in ("red", "blue", "wild", "tiny", "old") for b in ("tea", "shoe", "lamp", "book", "car", "bike", "hat", "pen")]
 TINY = ["data.loader.global_batch_size=32", "data.loader.micro_batch_tokens=256", "model.width=16", "model.hsd.num_heads=2",
-        "model.ptd.num_heads=2", "model.embedding.feature_buckets=64", "model.embedding.scene_buckets=8", "train.schedule.num_steps=8",
+        "model.ptd.num_heads=2", "model.embedding.feature_buckets=64", "model.embedding.scene_buckets=8", f"train.schedule.num_steps={NUM_STEPS}",
         "train.schedule.warmup_steps=2", "train.validate_every_steps=0", "validation.max_rows=8", "validation.beam_width=4",
         "validation.ks=[2]", "engine.timeout_seconds=60"]
 

@@ -142,4 +142,4 @@ def test_policies_for_values_that_are_not_finite(tiny, tmp_path):
     rows = results["stop"][1]["rows"][2]
     left = sorted((tmp_path / "stop").glob("nonfinite-*.json"))
     assert [path.name for path in left] == ["nonfinite-step-000003-rank-00001.json"]
-    assert sum(json.loads(left[0].read_text())["micro_batches"], []) == rows
+    assert [row for batch in json.loads(left[0].read_text())["micro_batches"] for row in batch] == rows
