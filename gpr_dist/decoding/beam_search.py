@@ -83,8 +83,8 @@ def beam_search(step_log_probs: StepLogProbs, trie: Trie, legal: Sequence[Tensor
 
 
 @torch.no_grad()
-def expand_items(result: BeamResult, trie: Trie, legal_slots: Tensor, request_group_B: Tensor, log_share_M: Tensor,
-                 k: int) -> tuple[Tensor, Tensor]:
+def expand_items(result: BeamResult, trie: Trie, legal_slots: Tensor, request_group_B: Tensor, item_weight_M: Tensor, k: int,
+                 normalise: Literal["legal", "all"] = "all") -> tuple[Tensor, Tensor]:
     """The k best eligible items of each request by log p(leaf) + log p(item | leaf) (ties: smaller index).
 
     Items that collide on one semantic ID are one to the model; ordering whole leaves would put every item of a crowded leaf before
@@ -92,14 +92,21 @@ def expand_items(result: BeamResult, trie: Trie, legal_slots: Tensor, request_gr
 
     Args:
         legal_slots: bool [Gr, N], the last entry of `Trie.legal_nodes`.
-        log_share_M: [slots], log p(item | leaf), from `Trie.log_share`.
+        item_weight_M: [slots] > 0, from `Trie.slot_weights`; the items of a leaf share it in proportion.
+        normalise: as in the search: "legal" shares a leaf among its eligible items, "all" among all its items.
     Returns: (item_BK int64 catalogue indices, -1 where there are fewer than k; score_BK float32, -inf there).
     """
     num_requests = result.leaf_BK.shape[0]
     request_N, beam_N = (result.leaf_BK >= 0).nonzero(as_tuple=True)
     owner_M, slot_M = _legal_children(trie.child_offset[-1], result.leaf_BK[request_N, beam_N], legal_slots, request_group_B[request_N])
     item_M, request_M = trie.slot_item[slot_M].long(), request_N[owner_M]
-    score_M = result.score_BK[request_N, beam_N][owner_M] + log_share_M[slot_M]
+    weight_M = item_weight_M[slot_M]
+    if normalise == "legal":
+        total_M = weight_M.new_zeros(len(request_N)).index_add_(0, owner_M, weight_M)[owner_M]
+    else:
+        leaf_M = trie.parent[-1].long()
+        total_M = weight_M.new_zeros(trie.num_leaves).index_add_(0, leaf_M, item_weight_M)[leaf_M[slot_M]]
+    score_M = result.score_BK[request_N, beam_N][owner_M] + (weight_M / total_M).log().float()
     # Sorted by item first, the stable sorts after it leave the smaller index in front of equal scores.
     order = item_M.argsort()
     order = order[score_M[order].argsort(descending=True, stable=True)]

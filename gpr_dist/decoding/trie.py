@@ -100,15 +100,12 @@ class Trie:
         lists = ([tensor.to(device) for tensor in tensors] for tensors in (self.code, self.parent, self.child_offset))
         return Trie(*lists, self.slot_item.to(device), self.slot_of_item.to(device), self.codebook_size)
 
-    def log_share(self, weight_I: Tensor, smoothing: float = 0.1) -> Tensor:
-        """log p(item | its semantic ID), float32 [slots]: the items of a leaf share it in proportion to weight + smoothing.
+    def slot_weights(self, weight_I: Tensor, smoothing: float = 0.1) -> Tensor:
+        """Weight of each slot's item, float64 [slots], for `expand_items`.
 
         Args: weight_I: non-negative weight of every catalogue item, e.g. its popularity. smoothing: so that new items are not ruled out.
         """
-        weight_M = weight_I.to(self.device).double()[self.slot_item.long()] + smoothing
-        leaf_M = self.parent[-1].long()
-        total = torch.zeros(self.num_leaves, dtype=torch.double, device=self.device).index_add_(0, leaf_M, weight_M)
-        return (weight_M / total[leaf_M]).log().float()
+        return weight_I.to(self.device).double()[self.slot_item.long()] + smoothing
 
     def contains(self, items_N: Tensor) -> Tensor:
         """Whether each catalogue index has a semantic ID in the trie, bool [N]."""

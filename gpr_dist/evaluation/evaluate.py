@@ -53,7 +53,7 @@ def evaluate_generation(decode: Decoder, batches: Iterable[Batch], trie: Trie, e
     started = time.perf_counter()
     reduce = all_reduce or (lambda tensor, _: tensor)
     legal_cache = LegalCache(trie, eligibility.items)
-    log_share_M = trie.log_share(item_weight)
+    item_weight_M = trie.slot_weights(item_weight)
     no_ids = torch.empty(0, dtype=torch.long)
     sums = [_batch_sums(torch.empty(0, max(ks), dtype=torch.long), no_ids, no_ids, no_ids, trie, eligibility, ks)]
     for batch in tqdm(batches, desc="evaluate", unit="batch", mininterval=0.5, disable=not progress):
@@ -66,7 +66,7 @@ def evaluate_generation(decode: Decoder, batches: Iterable[Batch], trie: Trie, e
             legal, request_group_B = legal_cache(groups_R[first : first + chunk_requests])
             step = partial(_step, decode, state, first)
             result = beam_search(step, trie, legal, request_group_B, beam_width, normalise)
-            ranked.append(expand_items(result, trie, legal[-1], request_group_B, log_share_M, max(ks))[0].cpu())
+            ranked.append(expand_items(result, trie, legal[-1], request_group_B, item_weight_M, max(ks), normalise)[0].cpu())
         shown = batch.target_head_N == 0
         targets = batch.target_request_N[shown].cpu(), batch.target_item_N[shown].cpu()
         sums.append(_batch_sums(torch.cat(ranked), groups_R.cpu(), *targets, trie, eligibility, ks))

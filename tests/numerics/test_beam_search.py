@@ -117,18 +117,22 @@ def test_only_legal_leaves_come_out_and_a_prefix_without_leaves_never_appears(se
         assert len(leaves) == min(8, len(market.legal_leaves(request))) or len(market.legal_leaves(request)) > 8
 
 
+@pytest.mark.parametrize("normalise", ["legal", "all"])
 @pytest.mark.parametrize("k", [1, 5, 100])
-def test_items_come_by_probability_of_leaf_and_share_and_only_eligible_ones(k):
+def test_items_come_by_probability_of_leaf_and_share_and_only_eligible_ones(k, normalise):
     market = Market(2)
     weight = torch.from_numpy(np.random.default_rng(0).integers(0, 3, N))  # with ties
     result = beam_search(market.step, market.trie, market.legal, market.request_group, 6)
-    item_BK, score_BK = expand_items(result, market.trie, market.legal[-1], market.request_group, market.trie.log_share(weight), k)
+    item_BK, score_BK = expand_items(result, market.trie, market.legal[-1], market.request_group, market.trie.slot_weights(weight), k,
+                                     normalise)
     leaf_of = [tuple(codes) for codes in market.codes.tolist()]
     for request in range(B):
-        score_of_leaf, expected = dict(zip(*as_list(result, request), strict=True)), []
-        for item in market.groups[market.request_group[request]]:
-            if leaf_of[item] in score_of_leaf:  # its share counts all items of the leaf, eligible or not
-                total = sum(float(weight[other]) + 0.1 for other in range(N) if leaf_of[other] == leaf_of[item])
+        eligible, expected = market.groups[market.request_group[request]], []
+        score_of_leaf = dict(zip(*as_list(result, request), strict=True))
+        for item in eligible:
+            if leaf_of[item] in score_of_leaf:
+                sharing = eligible if normalise == "legal" else range(N)
+                total = sum(float(weight[other]) + 0.1 for other in sharing if leaf_of[other] == leaf_of[item])
                 expected.append((float(score_of_leaf[leaf_of[item]]) + math.log((float(weight[item]) + 0.1) / total), int(item)))
         expected = sorted(expected, reverse=True)[:k]
         assert item_BK[request, len(expected):].eq(-1).all() and score_BK[request, len(expected):].eq(-torch.inf).all()

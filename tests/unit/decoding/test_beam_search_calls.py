@@ -34,7 +34,7 @@ def test_one_call_per_level_whatever_the_batch_holds(groups):
     assert result.leaf_BK.shape == (len(groups), 4)
     assert result.leaf_BK.eq(-1).all(dim=1).tolist() == [group == 1 for group in groups]
     assert result.codes_BKL[request_group == 1].eq(-1).all() and result.score_BK[request_group == 1].eq(-torch.inf).all()
-    items, scores = expand_items(result, TRIE, legal[-1], request_group, TRIE.log_share(torch.zeros(80)), 10)
+    items, scores = expand_items(result, TRIE, legal[-1], request_group, TRIE.slot_weights(torch.zeros(80)), 10)
     assert items.shape == scores.shape == (len(groups), 10)
 
 
