@@ -60,7 +60,7 @@ def launches() -> list[tuple[str, list[str]]]:
 
 def copies() -> dict[str, str]:
     """Files the reader makes with `cp`: name -> where it comes from."""
-    return {words[2]: words[1] for words in map(shlex.split, code_lines("bash")) if words[0] == "cp"}
+    return {words[2]: words[1] for words in map(shlex.split, code_lines("bash")) if words[0] == "cp" and words[1].startswith("configs/")}
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------------------
