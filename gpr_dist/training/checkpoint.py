@@ -32,7 +32,7 @@ from gpr_dist.training.engine import STATES, Engine
 
 FORMAT_VERSION = 1
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
-RNG_KEY = "rng"
+RNG_KEY, CUDA_RNG_KEY = "rng", "rng_cuda"
 
 
 class CheckpointConfig(Config):
@@ -112,8 +112,11 @@ def load(engine: Engine, folder: Path, expected: dict[str, str]) -> Restored:
             _fill(target, shard.lo, shard.hi, ranges.get(shard.name, []), files, folder, shard.name, key)
     engine.finish_loading(state["optimizer_step"])
     rng_file = folder / rank_file(engine.rank)
-    if rng_file.exists():  # on more ranks than before the new ones keep their seed: masks differ, rows and weights do not
-        torch.set_rng_state(safe_open(rng_file, "pt").get_tensor(RNG_KEY))
+    if rng_file.exists():  # on more ranks than before the new ones keep their seed: dropout differs, rows and weights do not
+        with safe_open(rng_file, "pt") as file:
+            torch.set_rng_state(file.get_tensor(RNG_KEY))
+            if torch.cuda.is_available() and CUDA_RNG_KEY in file.keys():  # noqa: SIM118
+                torch.cuda.set_rng_state(file.get_tensor(CUDA_RNG_KEY))
     return Restored(folder, state)
 
 
@@ -185,6 +188,8 @@ def iter_weights(folder: Path) -> Any:
 
 def _write_rank_file(engine: Engine, folder: Path) -> None:
     tensors, ranges = {RNG_KEY: torch.get_rng_state()}, []
+    if torch.cuda.is_available():
+        tensors[CUDA_RNG_KEY] = torch.cuda.get_rng_state()
     for shard in engine.state_shards():
         ranges.append((shard.name, shard.lo, shard.hi))
         for key, view in shard.tensors.items():

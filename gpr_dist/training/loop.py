@@ -130,7 +130,8 @@ def fit(engine: Engine, loader: Loader, objective: Objective, config: FitConfig,
                 tracker.log(progress.step, step_metrics(engine, result, model, lr, elapsed, waited, progress, peak_flops))
             tracker.advance(progress.step, loss=f"{result.loss:.3f}", lr=f"{lr:.1e}", tok_s=f"{result.work.tokens / elapsed:.0f}")
             finished = progress.step == num_steps
-            if validate and (finished or (config.validate_every_steps and progress.step % config.validate_every_steps == 0)):
+            due = config.validate_every_steps and progress.step % config.validate_every_steps == 0
+            if validate and (finished or (due and not result.stop)):  # a stop signal is answered in bounded time
                 _validate(engine, validate, progress, tracker)
             if finished or result.stop or progress.step % config.checkpoint.every_steps == 0:
                 save(progress.step)
@@ -161,7 +162,7 @@ class StepResult:
 def train_step(engine: Engine, data: Step, objective: Objective, model: GPRConfig, lr: float, stop: bool) -> StepResult:
     """One optimizer step over this rank's micro-batches (collective)."""
     batches = [batch.to(engine.device) for batch in data.micro_batches]
-    work = sum((work_of(batch, model.num_levels) for batch in data.micro_batches), Work(0, 0, 0, 0))
+    work = sum((work_of(batch, model.num_levels, model.ptd.intent_window) for batch in data.micro_batches), Work(0, 0, 0, 0))
     counts = [sum(b.num_targets for b in batches), sum(b.num_rows for b in batches), *vars(work).values()]
     num_targets, rows, *work_sums = (int(x) for x in engine.all_reduce(torch.tensor(counts, dtype=torch.float64)).tolist())
     p, l = model.num_mtp_heads, model.num_levels  # noqa: E741

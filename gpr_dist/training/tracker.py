@@ -5,8 +5,10 @@ The JSONL is the truth; W&B is a sink whose failure never stops a run.
 
 import json
 import math
+import netrc
 import os
 import sys
+import uuid
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,14 +108,32 @@ def _drop_lines_after(path: Path, start_step: int) -> None:
 
 def _start_wandb(config: TrackerConfig, run_folder: Path, resolved_config: dict[str, Any]) -> Any:
     mode = config.wandb
-    if mode == "auto":  # WANDB_MODE is the user's word for it; a key may also lie in ~/.netrc, which wandb finds
-        mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") or wandb.api.api_key else "offline")
+    if mode == "auto":  # WANDB_MODE is the user's own word for it
+        mode = os.environ.get("WANDB_MODE") or ("online" if _has_api_key() else "offline")
     if mode == "disabled":
         return None
     try:
         settings = wandb.Settings(silent=True, init_timeout=60)
-        return wandb.init(project=config.project, name=run_folder.name, id=run_folder.name, resume="allow", dir=str(run_folder),
+        return wandb.init(project=config.project, name=run_folder.name, id=_run_id(run_folder), resume="allow", dir=str(run_folder),
                           config=resolved_config, mode=mode, settings=settings)
     except Exception as error:
         print(f"W&B could not be started ({error}); metrics go to {run_folder}/metrics.jsonl only", file=sys.stderr, flush=True)
         return None
+
+
+def _has_api_key() -> bool:
+    """A key in the environment or, where `wandb login` puts it, in ~/.netrc."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return any("wandb" in host for host in netrc.netrc().hosts)
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _run_id(run_folder: Path) -> str:
+    """One id per run folder, so that a resumed run goes on in W&B and two runs of one name stay apart."""
+    path = run_folder / "wandb_id"
+    if not path.exists():
+        write_atomic(path, uuid.uuid4().hex[:12].encode())
+    return path.read_text().strip()
