@@ -135,7 +135,7 @@ def test_auto_is_online_with_a_key_else_offline_and_the_environment_decides(tmp_
         monkeypatch.setenv(name, value)
     started = []
     (tmp_path / ".netrc").write_text(f"machine api.wandb.ai login user password {key}\n" if key else "")
-    monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
+    (tmp_path / ".netrc").chmod(0o600)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(wandb, "init", lambda **options: started.append(options["mode"]) or Broken())
     tracker(tmp_path, config=TrackerConfig(progress=False)).close()
