@@ -65,7 +65,7 @@ def parse_cli(cls: type[C], description: str, default_config: str | Path | None 
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     for name, text in (flags or {}).items():
         parser.add_argument(name, action="store_true", help=text)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. train.lr=3e-4")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. train.schedule.lr=3e-4")
     args = parser.parse_intermixed_args(sys.argv[1:] if argv is None else argv)
     return load_config(cls, args.config, args.overrides), args
 
@@ -100,7 +100,7 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ConfigError(f"override {override!r} is not of the form key=value, e.g. train.lr=3e-4")
+        raise ConfigError(f"override {override!r} is not of the form key=value, e.g. train.schedule.lr=3e-4")
     *parents, leaf = key.split(".")
     for parent in parents:
         child = values.setdefault(parent, {})

@@ -1,6 +1,7 @@
 """Configs: defaults < YAML < overrides; every problem at once, with the nearest name; `--help` explains every setting."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,16 @@ def test_overrides_beat_the_file_and_the_file_beats_defaults(tmp_path):
 def test_overrides_that_cannot_be_read(override, message):
     with pytest.raises(ConfigError, match=message):
         load(override)
+
+
+def test_the_example_shown_for_an_override_is_a_real_key(capsys):
+    with pytest.raises(ConfigError) as caught:
+        load("steps")
+    with pytest.raises(SystemExit):
+        parse_cli(OuterConfig, "doc", None, ["--help"])
+    for text in (str(caught.value), capsys.readouterr().out):
+        example = re.search(r"e\.g\. (\S+=\S+)", " ".join(text.split()))[1]
+        assert load_config(PretrainConfig, None, [example]) != PretrainConfig()
 
 
 def test_an_override_below_a_single_value(tmp_path):
