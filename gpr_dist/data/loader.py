@@ -291,6 +291,7 @@ def prefetch(items: Iterable[T], depth: int) -> Iterator[T]:
 
 
 def _check_codes(reader: ShardReader, codes_ML: np.ndarray) -> None:
-    if len(codes_ML) != reader.manifest.num_items:
+    """More codes than items are welcome: a catalogue grows at its end, so shards built before keep their meaning."""
+    if len(codes_ML) < reader.manifest.num_items:
         raise DataError(f"{reader.folder}: the shards' catalogue has {reader.manifest.num_items} items, the tokenizer {len(codes_ML)}; "
                         f"fit or extend the tokenizer on this catalogue, or rebuild the shards")

@@ -15,6 +15,8 @@ from gpr_dist.data.loader import LoaderConfig, build_loader, iter_once, prefetch
 from gpr_dist.data.sampler import World
 from gpr_dist.errors import DataError
 from gpr_dist.schema import Batch
+from gpr_dist.tokenizer.fit import fit_tokenizer
+from gpr_dist.tokenizer.rq_kmeans import RQKMeansConfig
 
 CODES = np.random.default_rng(0).integers(0, 32, (NUM_ITEMS, 3))
 CONFIG = LoaderConfig(seed=5, global_batch_size=24, num_streams=8, shuffle_rows=12, micro_batch_tokens=300)
@@ -72,6 +74,20 @@ def test_a_rank_reads_its_share_only(folder, world_size):
         streams = 8 // world_size
         ahead = 2 * streams * 3  # the next epoch's first windows may be on their way
         assert len(read) <= loader.reader.num_batches / world_size + streams + 1 + ahead
+
+
+def test_a_tokenizer_that_has_grown_reads_older_shards_and_a_smaller_one_does_not(folder):
+    rng = np.random.default_rng(3)
+    bundle = fit_tokenizer(rng.normal(size=(NUM_ITEMS, 4)).astype(np.float32), RQKMeansConfig(codebook_size=8, device="cpu"), "c0ffee")
+    grown = bundle.append(rng.normal(size=(7, 4)).astype(np.float32), "beef")
+    assert grown.num_items == NUM_ITEMS + 7
+    old, new = (next(iter(build_loader(folder, CONFIG, World(), ids.codes_NL, 4))).micro_batches for ids in (bundle, grown))
+    assert all(equal(a, b) for a, b in zip(old, new, strict=True))
+    old, new = (list(iter_once(folder, CONFIG, World(), ids.codes_NL, 4)) for ids in (bundle, grown))
+    assert all(equal(a, b) for a, b in zip(old, new, strict=True))
+    for open_split in (build_loader, iter_once):
+        with pytest.raises(DataError, match=f"has {NUM_ITEMS} items, the tokenizer {NUM_ITEMS - 1}"):
+            open_split(folder, CONFIG, World(), bundle.codes_NL[:-1], 4)
 
 
 def test_first_step_comes_before_a_pass_over_the_data(folder):
