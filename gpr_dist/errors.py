@@ -1,15 +1,17 @@
 """Exceptions a user can meet. Each is also the standard-library type it specialises, and survives pickling.
 
 Messages say what was found, where, and what to do. `run_cli` turns them into one line and a non-zero exit; anything that is
-not a `GPRError` is our own mistake and keeps its traceback.
+neither a `GPRError` nor a full disk is our own mistake and keeps its traceback.
 """
 
+import errno
 import os
 import sys
 import time
 from collections.abc import Callable
 
 OTHER_RANKS_WAIT_S = 3.0
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class GPRError(Exception):
@@ -37,7 +39,7 @@ class TrainingError(GPRError, RuntimeError):
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Run a script's `main`; a `GPRError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
+    """Run a script's `main`; a `GPRError` or a full disk becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
 
     Bad input usually stops all ranks with the same message. Ranks other than 0 wait before they speak: by then the launcher has ended
     them, unless the problem is theirs alone.
@@ -48,6 +50,12 @@ def run_cli(main: Callable[[], int | None]) -> None:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(OTHER_RANKS_WAIT_S)
         print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        code = 2
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        print(f"OSError: {error.strerror}{where}; make room and start again", file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

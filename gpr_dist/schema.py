@@ -190,11 +190,15 @@ class Batch:
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that a crash leaves the old one or the new one, never a part (temporary file, fsync, rename, folder fsync)."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk shows in write() or fsync(), which do not know it
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -3,9 +3,11 @@
 import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,13 @@ from data_pipeline.tokenize_items import FitTokenizerConfig, build_tokenizer
 from gpr_dist.config import load_config
 
 DAY = 86400
+JOB_MARK = "GPR_TEST_JOB"
 NUM_STEPS = 12
 NUM_USERS, NUM_ADS, NUM_ARTICLES = 240, 150, 100
 WORDS = [a + b for a in ("red", "blue", "wild", "tiny", "old") for b in ("tea", "shoe", "lamp", "book", "car", "bike", "hat", "pen")]
 TINY = ["data.loader.global_batch_size=32", "data.loader.micro_batch_tokens=256", "model.width=16", "model.hsd.num_heads=2",
-        "model.ptd.num_heads=2", "model.embedding.feature_buckets=64", "model.embedding.scene_buckets=8", f"train.schedule.num_steps={NUM_STEPS}",
+        "model.ptd.num_heads=2", "model.embedding.feature_buckets=64", "model.embedding.scene_buckets=8",
+        f"train.schedule.num_steps={NUM_STEPS}",
         "train.schedule.warmup_steps=2", "train.validate_every_steps=0", "validation.max_rows=8", "validation.beam_width=4",
         "validation.ks=[2]", "engine.timeout_seconds=60"]
 
@@ -73,7 +77,9 @@ class Pretraining:
     """One start of launch/pretrain.py in a session of its own, so that the whole group can be signalled; never outlives the test."""
 
     def __init__(self, folder: Path, overrides: list[str], launcher: str = "torchrun", ranks: int = 2, wandb: str = "disabled",
-                 config: Path | None = None, environment: dict[str, str] | None = None, tiny: bool = True) -> None:
+                 config: Path | None = None, environment: dict[str, str] | None = None, tiny: bool = True,
+                 file_limits: dict[int, int] | None = None) -> None:
+        """`file_limits`: largest file, in bytes, that the process of this number may write: a full disk for users without root."""
         folder.mkdir(parents=True, exist_ok=True)
         script = str(ROOT / "launch" / "pretrain.py")
         bin_folder = Path(sys.executable).parent
@@ -84,9 +90,14 @@ class Pretraining:
             "ranks": [[sys.executable, script]] * ranks}[launcher]
         arguments = ["--config", str(config)] if config else []
         arguments += [*(TINY if tiny else []), *overrides]
+        limits = file_limits or {}
         base = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
         base |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1", "WANDB_MODE": wandb,
                  "PATH": os.pathsep.join([str(bin_folder), os.environ.get("PATH", "")]), **(environment or {})}
+        if launcher == "python":  # one thread: two that share busy cores wait for each other in every small operation
+            base |= {"LOCAL_WORLD_SIZE": str(os.cpu_count())}
+        self.mark = uuid.uuid4().hex
+        base |= {JOB_MARK: self.mark}
         port = free_port()
         self.processes, self._logs = [], []
         for number, command in enumerate(commands):
@@ -97,7 +108,7 @@ class Pretraining:
                 env |= {"LOCAL_WORLD_SIZE": str(ranks)}
             with open(paths[0], "w") as out, open(paths[1], "w") as err:
                 self.processes.append(subprocess.Popen([*command, *arguments], stdout=out, stderr=err, env=env, cwd=folder,
-                                                       start_new_session=True))
+                                                       start_new_session=True, preexec_fn=_file_limit(limits.get(number))))
 
     def __enter__(self) -> "Pretraining":
         return self
@@ -108,17 +119,14 @@ class Pretraining:
             process.wait(30)
 
     def signal(self, number: int) -> None:
-        """To every process started."""
-        for process in self.processes:
-            for pid in session_members(process.pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
+        """To every process of the job, launcher and ranks."""
+        for pid in members_of(self.mark):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
-    def worker_pids(self) -> list[int]:
-        """The Python processes that are ranks, in rank order as far as the launcher starts them in order."""
-        if len(self.processes) > 1:
-            return [process.pid for process in self.processes]
-        return sorted(pid for pid in session_members(self.processes[0].pid) if "RANK" in environment_of(pid) and is_script(pid))
+    def ranks(self) -> list[int]:
+        """Process ids of the ranks, in rank order."""
+        return sorted((pid for pid in members_of(self.mark) if is_rank(pid)), key=lambda pid: int(environment_of(pid).get("RANK", 0)))
 
     def wait(self, timeout: float = 120) -> list[int]:
         """Exit codes; a process that hangs fails the test."""
@@ -140,6 +148,10 @@ class Pretraining:
         return f"stdout:\n{self.stdout[-3000:]}\nstderr:\n{self.stderr[-5000:]}"
 
 
+def _file_limit(num_bytes: int | None) -> Any:
+    return None if num_bytes is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+
+
 def run_pretraining(folder: Path, overrides: list[str], expect: int = 0, timeout: float = 120, **options: Any) -> Pretraining:
     """Start, wait, and check the exit code of every process."""
     with Pretraining(folder, overrides, **options) as job:
@@ -148,18 +160,10 @@ def run_pretraining(folder: Path, overrides: list[str], expect: int = 0, timeout
     return job
 
 
-def session_members(session: int) -> list[int]:
-    """Live processes of a session, whatever process group a launcher put them in."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[3]) == session and fields[0] != "Z":
-                found.append(int(entry.name))
-    return found
+def members_of(job: str) -> list[int]:
+    """Live processes that carry a job's mark in their environment, whatever session a launcher gave them and whether it still lives."""
+    return [pid for pid in (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+            if environment_of(pid).get(JOB_MARK) == job]
 
 
 def environment_of(pid: int) -> dict[str, str]:
@@ -170,12 +174,14 @@ def environment_of(pid: int) -> dict[str, str]:
     return dict(part.split("=", 1) for part in text.split("\0") if "=" in part)
 
 
-def is_script(pid: int) -> bool:
+def is_rank(pid: int) -> bool:
+    """Whether it is python running launch/pretrain.py, not a launcher or one of its helpers."""
     try:
         command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
     except OSError:
         return False
-    return any(part.endswith("launch/pretrain.py") for part in command[1:4]) and "python" in Path(command[0]).name
+    scripts = [part for part in command[1:] if part.endswith(".py") or part.endswith(("torchrun", "deepspeed"))]
+    return scripts[:1] == [str(ROOT / "launch" / "pretrain.py")]
 
 
 def logged_losses(run: Path) -> dict[int, float]:
