@@ -14,6 +14,7 @@ from gpr_dist.schema import Action, Batch, TokenType
 
 NUM_GAP_BUCKETS = 32  # log2 of seconds: bucket 31 is 68 years
 HOURS, WEEKDAYS = 24, 7
+CODE_STD = 0.6
 
 
 class EmbeddingConfig(Config):
@@ -38,7 +39,8 @@ class CodeEmbedding(nn.Module):
         self.codebook_size = codebook_size
         self.table = nn.Embedding(num_levels * codebook_size, width)
         self.bias_LV = nn.Parameter(torch.zeros(num_levels, codebook_size))
-        nn.init.normal_(self.table.weight, std=width**-0.5)
+        # Three codes add up to entries of about 1, the size of what a layer adds; smaller ones drown in it and cannot be repeated.
+        nn.init.normal_(self.table.weight, std=CODE_STD)
 
     def forward(self, x: Tensor, task: str = "embed") -> Tensor:
         """embed: codes [N, l] of the first l levels → [N, l, D]. logits: states [N, l, D] → logits [N, l, V] of the first l levels.
@@ -50,7 +52,7 @@ class CodeEmbedding(nn.Module):
             return self.table(x + torch.arange(length, device=x.device) * self.codebook_size)
         assert task == "logits", task
         weight_lVD = self.table.weight.unflatten(0, (-1, self.codebook_size))[:length]
-        return torch.einsum("nld,lvd->nlv", x, weight_lVD) + self.bias_LV[:length]
+        return torch.einsum("nld,lvd->nlv", x, weight_lVD) * x.shape[-1] ** -0.5 + self.bias_LV[:length]
 
 
 class FieldEmbedding(nn.Module):
@@ -87,7 +89,7 @@ class TokenEmbedding(nn.Module):
                   "hour": HOURS, "weekday": WEEKDAYS}
         self.tables = nn.ModuleDict({name: nn.Embedding(rows, width) for name, rows in tables.items()})
         for table in self.tables.values():
-            nn.init.normal_(table.weight, std=0.02)
+            nn.init.normal_(table.weight, std=0.1)
         self.value = nn.Linear(2, width)
 
     def forward(self, batch: Batch, codes: CodeEmbedding) -> Tensor:

@@ -71,7 +71,7 @@ class HSDLayer(nn.Module):
         self.norm_in = TypedNorm(width)
         self.qkvu = nn.Linear(width, 4 * width, bias=False)
         self.ffn = TypedFFN(width, int(config.ffn_multiple * width))
-        self.norm_out = TypedNorm(width)
+        self.norm_out = TypedNorm(width, gain=0.3)  # a layer starts as a correction to the token, not as its replacement
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_TD: Tensor, rows: RowContext) -> Tensor:

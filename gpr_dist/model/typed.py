@@ -38,9 +38,9 @@ class TypeGroups:
 class TypedNorm(nn.Module):
     """LayerNorm whose gain and bias belong to the token's type."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, gain: float = 1.0) -> None:
         super().__init__()
-        self.weight_CD = nn.Parameter(torch.ones(NUM_TYPES, width))
+        self.weight_CD = nn.Parameter(torch.full((NUM_TYPES, width), gain))
         self.bias_CD = nn.Parameter(torch.zeros(NUM_TYPES, width))
 
     def forward(self, x_TD: Tensor, groups: TypeGroups) -> Tensor:

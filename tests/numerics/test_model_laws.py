@@ -182,7 +182,8 @@ def slow_decoder(model, x, intents):
         x = x + block.ffn(block.norms[2](x))
     states = ptd.norm(x)
     size = model.codes.codebook_size
-    return torch.stack([table[level * size : (level + 1) * size] @ states[level] + model.codes.bias_LV[level] for level in range(L)])
+    scaled = states * states.shape[1] ** -0.5
+    return torch.stack([table[level * size : (level + 1) * size] @ scaled[level] + model.codes.bias_LV[level] for level in range(L)])
 
 
 @pytest.mark.parametrize(("attention", "window"), [("sdpa", 0), ("reference", 0), ("sdpa", 3)])
