@@ -44,11 +44,14 @@ class FoundFile(NamedTuple):
 
 
 def find_files(table: TableFiles) -> list[FoundFile]:
-    """Files of a table, sorted by path. Raises: DataError when a pattern matches nothing or a file is empty."""
+    """Files of a table, sorted by path. Raises: DataError when a place cannot be reached, a pattern matches nothing, a file is empty."""
     found: dict[str, FoundFile] = {}
     for pattern in [table.path] if isinstance(table.path, str) else table.path:
         fs, path = file_system(pattern)
-        matches = [info for info in _match(fs, path) if info.is_file]
+        try:
+            matches = [info for info in _match(fs, path) if info.is_file]
+        except OSError as error:
+            raise _unreachable(pattern, error) from None
         if not matches:
             raise DataError(f"no file matches {pattern}; check the path (relative paths start at the folder of the command)")
         for info in matches:
@@ -146,15 +149,24 @@ def read_schema(file: FoundFile, table: TableFiles) -> pa.Schema:
 
 
 def file_system(pattern: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """File system and path of a local path or URI; a glob stays in the path. Raises: ConfigError for an unknown scheme."""
+    """File system and path of a local path or URI; a glob stays in the path.
+
+    Raises: ConfigError for an unknown scheme, DataError when the storage cannot be reached.
+    """
     if "://" not in pattern:
         return pyarrow.fs.LocalFileSystem(), pattern
     fixed = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
     try:
         fs, _ = pyarrow.fs.FileSystem.from_uri(fixed)
-    except (pa.ArrowInvalid, ValueError) as error:
+    except ValueError as error:  # pa.ArrowInvalid too
         raise ConfigError(f"{pattern}: {error}; use a local path or an s3://, gs://, hdfs:// or file:// URI") from None
-    return fs, pattern if "://" not in pattern else _bare(pattern)
+    except OSError as error:
+        raise _unreachable(pattern, error) from None
+    return fs, _bare(pattern)
+
+
+def _unreachable(pattern: str, error: OSError) -> DataError:
+    return DataError(f"cannot reach {pattern} ({str(error).splitlines()[0]}); check network, credentials, region and path")
 
 
 def _bare(path: str) -> str:

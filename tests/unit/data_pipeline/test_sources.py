@@ -5,6 +5,7 @@ from importlib import resources
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 
@@ -45,6 +46,36 @@ def test_globs_folders_and_lists(tmp_path):
         names("*.arrow")
     with pytest.raises(ConfigError, match="cannot tell the format"):
         names("a/_SUCCESS")
+
+
+class Unreachable:
+    """Stands in for pyarrow.fs.FileSystem where a storage does not answer, at once or when it is listed."""
+
+    def __init__(self, at_once):
+        self.at_once = at_once
+
+    def from_uri(self, uri):
+        if self.at_once:
+            self.get_file_info(uri)
+        return self, uri
+
+    def get_file_info(self, what):
+        raise OSError("AWS Error NETWORK_CONNECTION\nfirst of many lines")
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("path", ["s3://bucket/logs/*.parquet", "s3://bucket/logs/day.parquet"])
+def test_storage_that_does_not_answer_is_one_line(monkeypatch, path, at_once):
+    monkeypatch.setattr(pyarrow.fs, "FileSystem", Unreachable(at_once))
+    with pytest.raises(DataError) as caught:
+        find_files(TableFiles(path=path))
+    assert f"cannot reach {path} (AWS Error NETWORK_CONNECTION); check" in str(caught.value) and "\n" not in str(caught.value)
+    assert caught.value.__suppress_context__
+
+
+def test_a_scheme_that_does_not_exist_is_a_config_error():
+    with pytest.raises(ConfigError, match=r"ftp2://host/x.*use a local path or an s3://"):
+        find_files(TableFiles(path="ftp2://host/x.csv"))
 
 
 def test_mixed_log_as_compressed_tsv(tmp_path):
