@@ -13,7 +13,7 @@ from gpr_dist.errors import run_cli
 from gpr_dist.tokenizer.metrics import format_report
 from gpr_dist.tokenizer.rq_kmeans import resolve_device
 
-DEFAULT_CONFIG = Path(__file__).parents[1] / "configs/tokenizer/complete_journey.yaml"
+DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs/tokenizer/complete_journey.yaml"
 
 
 def main() -> None:
