@@ -166,7 +166,7 @@ class Batch:
     target_value_N: Tensor  # float32
     target_pctr_N: Tensor  # float32
     target_pcvr_N: Tensor  # float32
-    target_legal_NLV: Tensor | None = None  # bool, codes the training softmax runs over; None = all (gpr_dist/data/legal.py)
+    target_offset_NLV: Tensor | None = None  # float32, added to the logits; -inf = not legal (gpr_dist/data/legal.py); None = all codes
 
     @property
     def num_rows(self) -> int:

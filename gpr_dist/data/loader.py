@@ -220,8 +220,8 @@ def build_loader(folder: str | Path, config: LoaderConfig, world: World, codes_M
                  legal: LegalCodes | None = None) -> Loader:
     """Open a split (path or URI) for training.
 
-    Args: codes_ML: semantic ID of each catalogue item, [num_items, L]; num_heads: MTP heads; legal: adds the codes that the training
-        softmax runs over (none = all codes).
+    Args: codes_ML: semantic ID of each catalogue item, [num_items, L]; num_heads: MTP heads; legal: adds what the training softmax runs
+        over (none = all codes).
     Raises: ConfigError for sizes that do not fit; DataError for a damaged or empty split, or codes of another catalogue.
     """
     sampling = build_sampling(config.seed, config.global_batch_size, world.size, config.micro_batch_tokens, config.num_streams,
@@ -230,7 +230,7 @@ def build_loader(folder: str | Path, config: LoaderConfig, world: World, codes_M
     if reader.manifest.num_rows == 0:
         raise DataError(f"{folder} has no journeys; check the time cut-offs of the build")
     _check_codes(reader, codes_ML)
-    return Loader(reader, sampling, world, _batch_maker(codes_ML, num_heads, legal), config.prefetch_steps, config.read_threads)
+    return Loader(reader, sampling, world, _batch_maker(codes_ML, num_heads, legal, counted=True), config.prefetch_steps, config.read_threads)
 
 
 def iter_once(folder: str | Path, config: LoaderConfig, world: World, codes_ML: np.ndarray, num_heads: int,
@@ -238,13 +238,13 @@ def iter_once(folder: str | Path, config: LoaderConfig, world: World, codes_ML: 
     """Open a split for one deterministic pass, each row on exactly one rank; `max_rows`: only the first so many rows."""
     reader = ShardReader(folder, config.verify, config.on_corrupt, config.cache_dir)
     _check_codes(reader, codes_ML)
-    return OnePass(reader, world, _batch_maker(codes_ML, num_heads, legal), config.micro_batch_tokens, max_rows)
+    return OnePass(reader, world, _batch_maker(codes_ML, num_heads, legal, counted=False), config.micro_batch_tokens, max_rows)
 
 
-def _batch_maker(codes_ML: np.ndarray, num_heads: int, legal: LegalCodes | None) -> "Callable[[HeldRows, np.ndarray], Batch]":
+def _batch_maker(codes_ML: np.ndarray, num_heads: int, legal: LegalCodes | None, counted: bool) -> "Callable[[HeldRows, np.ndarray], Batch]":
     def make(held: HeldRows, rows: np.ndarray) -> Batch:
         batch = held.collate(rows, codes_ML, num_heads)
-        return batch if legal is None else legal.add_to(batch)
+        return batch if legal is None else legal.add_to(batch, counted)
 
     return make
 

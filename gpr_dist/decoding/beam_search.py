@@ -17,6 +17,7 @@ from gpr_dist.errors import TrainingError
 # B requests  K beams  L levels  V codes per level  Gr eligibility groups  n_l trie nodes at level l
 # N alive prefixes of all requests, ordered by request  M their legal children, in the same order
 
+Softmax = Literal["all", "legal", "prior"]
 StepLogProbs = Callable[[Tensor, Tensor], Tensor]
 """(request_N int64 ascending, prefix_codes_Nl int64) -> log p of the next code, float [N, V]; N may be 0, l = 0 at the first level."""
 
@@ -32,7 +33,7 @@ class BeamResult:
 
 @torch.no_grad()
 def beam_search(step_log_probs: StepLogProbs, trie: Trie, legal: Sequence[Tensor], request_group_B: Tensor,
-                beam_width: int | Sequence[int] = 128, normalise: Literal["all", "legal"] = "all") -> BeamResult:
+                beam_width: int | Sequence[int] = 128, normalise: Softmax = "all", item_weight_M: Tensor | None = None) -> BeamResult:
     """The K legal leaves with the largest probability that survive the beam.
 
     Args:
@@ -50,7 +51,8 @@ def beam_search(step_log_probs: StepLogProbs, trie: Trie, legal: Sequence[Tensor
     num_requests, num_levels = request_group_B.numel(), trie.num_levels
     widths = [beam_width] * num_levels if isinstance(beam_width, int) else list(beam_width)
     assert len(widths) == num_levels and min(widths) > 0, f"beam widths {widths} for {num_levels} levels"
-    assert normalise in ("all", "legal"), normalise
+    assert normalise in ("all", "legal", "prior") and (normalise != "prior" or item_weight_M is not None), normalise
+    log_prior = trie.log_weights(legal[-1], item_weight_M) if normalise == "prior" else None
 
     node_BK = torch.zeros(num_requests, 1, dtype=torch.long, device=trie.device)  # the root
     score_BK = torch.zeros(num_requests, 1, device=trie.device)
@@ -63,7 +65,9 @@ def beam_search(step_log_probs: StepLogProbs, trie: Trie, legal: Sequence[Tensor
         owner_M, child_M = _legal_children(trie.child_offset[level], node_BK[request_N, beam_N], legal[level], request_group_B[request_N])
         code_M = trie.code[level].index_select(0, child_M)
         log_prob_M = log_probs_NV.reshape(-1).index_select(0, owner_M * log_probs_NV.shape[1] + code_M).float()
-        if normalise == "legal":
+        if log_prior is not None:
+            log_prob_M = log_prob_M + log_prior[level][request_group_B[request_N].index_select(0, owner_M), child_M]
+        if normalise != "all":
             log_prob_M = log_prob_M - _log_sum_exp(log_prob_M, owner_M, request_N.numel()).index_select(0, owner_M)
         score_M = log_prob_M + score_BK[request_N, beam_N].index_select(0, owner_M)
         if score_M.isnan().any():
@@ -84,7 +88,7 @@ def beam_search(step_log_probs: StepLogProbs, trie: Trie, legal: Sequence[Tensor
 
 @torch.no_grad()
 def expand_items(result: BeamResult, trie: Trie, legal_slots: Tensor, request_group_B: Tensor, item_weight_M: Tensor, k: int,
-                 normalise: Literal["legal", "all"] = "all") -> tuple[Tensor, Tensor]:
+                 normalise: Softmax = "all") -> tuple[Tensor, Tensor]:
     """The k best eligible items of each request by log p(leaf) + log p(item | leaf) (ties: smaller index).
 
     Items that collide on one semantic ID are one to the model; ordering whole leaves would put every item of a crowded leaf before
@@ -93,7 +97,7 @@ def expand_items(result: BeamResult, trie: Trie, legal_slots: Tensor, request_gr
     Args:
         legal_slots: bool [Gr, N], the last entry of `Trie.legal_nodes`.
         item_weight_M: [slots] > 0, from `Trie.slot_weights`; the items of a leaf share it in proportion.
-        normalise: as in the search: "legal" shares a leaf among its eligible items, "all" among all its items.
+        normalise: as in the search: "all" shares a leaf among all its items, "legal" and "prior" among the eligible ones.
     Returns: (item_BK int64 catalogue indices, -1 where there are fewer than k; score_BK float32, -inf there).
     """
     num_requests = result.leaf_BK.shape[0]
@@ -101,7 +105,7 @@ def expand_items(result: BeamResult, trie: Trie, legal_slots: Tensor, request_gr
     owner_M, slot_M = _legal_children(trie.child_offset[-1], result.leaf_BK[request_N, beam_N], legal_slots, request_group_B[request_N])
     item_M, request_M = trie.slot_item[slot_M].long(), request_N[owner_M]
     weight_M = item_weight_M[slot_M]
-    if normalise == "legal":
+    if normalise != "all":
         total_M = weight_M.new_zeros(len(request_N)).index_add_(0, owner_M, weight_M)[owner_M]
     else:
         leaf_M = trie.parent[-1].long()

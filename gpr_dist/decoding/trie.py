@@ -107,6 +107,19 @@ class Trie:
         """
         return weight_I.to(self.device).double()[self.slot_item.long()] + smoothing
 
+    def log_weights(self, legal_slots: Tensor, item_weight_M: Tensor) -> list[Tensor]:
+        """Log of the eligible weight below every node: per level 0..L-1 float32 [Gr, n_l], -inf where nothing is eligible.
+
+        Args: legal_slots: bool [Gr, slots]. item_weight_M: [slots], from `slot_weights`.
+        """
+        weight = legal_slots * item_weight_M
+        logs = []
+        for level in range(self.num_levels, 0, -1):
+            above = weight.new_zeros(len(weight), self.code[level - 1].numel())
+            weight = above.index_add_(1, self.parent[level].long(), weight)
+            logs.insert(0, weight.log().float())
+        return logs
+
     def contains(self, items_N: Tensor) -> Tensor:
         """Whether each catalogue index has a semantic ID in the trie, bool [N]."""
         return self._slots(items_N) >= 0

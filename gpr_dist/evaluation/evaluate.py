@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gpr_dist.data.eligibility import Eligibility
-from gpr_dist.decoding.beam_search import beam_search, expand_items
+from gpr_dist.decoding.beam_search import Softmax, beam_search, expand_items
 from gpr_dist.decoding.trie import LegalCache, Trie
 from gpr_dist.evaluation.metrics import add_sums, ranking_metrics, ranking_sums
 from gpr_dist.schema import Batch
@@ -37,14 +37,14 @@ class Decoder(Protocol):
 @torch.no_grad()
 def evaluate_generation(decode: Decoder, batches: Iterable[Batch], trie: Trie, eligibility: Eligibility, item_weight: Tensor,
                         ks: Sequence[int] = (10, 100), beam_width: int | Sequence[int] = 128,
-                        normalise: Literal["all", "legal"] = "all", chunk_requests: int = 64,
+                        normalise: Softmax = "all", chunk_requests: int = 64,
                         all_reduce: AllReduce | None = None, progress: bool = True) -> dict[str, float]:
     """Rank the eligible items of every request and compare with the ads that were shown (the targets of head 0).
 
     Args:
         batches: the evaluated split; every rank must hand in equally many (they may be empty).
         trie: on the model's device. item_weight: [catalogue items] >= 0, e.g. popularity; splits a leaf's
-            probability among its items.
+            probability among its items, and is the prior of normalise="prior".
         chunk_requests: requests decoded together. A batch takes as many chunks as the rank with the most requests in its batch needs.
         all_reduce: adds up or maximises a tensor over the ranks; None in a single process.
     Returns: hitr@k, ndcg@k per target event; num_requests, num_targets; eligible_target_frac: share of targets that could be ranked;
@@ -65,7 +65,7 @@ def evaluate_generation(decode: Decoder, batches: Iterable[Batch], trie: Trie, e
             first = min(chunk * chunk_requests, groups_R.numel())  # past the end: no request, the model is called all the same
             legal, request_group_B = legal_cache(groups_R[first : first + chunk_requests])
             step = partial(_step, decode, state, first)
-            result = beam_search(step, trie, legal, request_group_B, beam_width, normalise)
+            result = beam_search(step, trie, legal, request_group_B, beam_width, normalise, item_weight_M)
             ranked.append(expand_items(result, trie, legal[-1], request_group_B, item_weight_M, max(ks), normalise)[0].cpu())
         shown = batch.target_head_N == 0
         targets = batch.target_request_N[shown].cpu(), batch.target_item_N[shown].cpu()

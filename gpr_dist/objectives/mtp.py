@@ -7,11 +7,13 @@ from torch import Tensor
 # N targets (request, head, ad)  P MTP heads  L levels  V codes per level
 
 
-def code_nll(logits_NLV: Tensor, codes_NL: Tensor, legal_NLV: Tensor | None = None) -> Tensor:
-    """-log p of every true code, float32 nats [N, L]; with `legal_NLV` (bool) the softmax runs over the legal codes only."""
-    if legal_NLV is not None:
-        logits_NLV = logits_NLV.float().masked_fill(~legal_NLV, float("-inf"))
-    return F.cross_entropy(logits_NLV.float().transpose(1, 2), codes_NL, reduction="none")
+def code_nll(logits_NLV: Tensor, codes_NL: Tensor, offset_NLV: Tensor | None = None) -> Tensor:
+    """-log p of every true code, float32 nats [N, L].
+
+    Args: offset_NLV: added to the logits: -inf where a code is not legal, else 0 or the log of a prior. None = softmax over all codes.
+    """
+    logits_NLV = logits_NLV.float() if offset_NLV is None else logits_NLV.float() + offset_NLV
+    return F.cross_entropy(logits_NLV.transpose(1, 2), codes_NL, reduction="none")
 
 
 def mtp_loss(nll_NL: Tensor, head_N: Tensor, head_weight_P: Tensor, num_targets: int) -> Tensor:

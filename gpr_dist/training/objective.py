@@ -16,7 +16,7 @@ def mtp_objective(num_heads: int, value_loss_weight: float) -> Objective:
     def share(engine: Engine, batch: Batch, num_targets: int) -> LossShare:
         weight_P = uniform_head_weights(num_heads, engine.device)
         output = engine(batch)
-        nll_NL = code_nll(output.logits_NLV, batch.target_codes_NL, batch.target_legal_NLV)
+        nll_NL = code_nll(output.logits_NLV, batch.target_codes_NL, batch.target_offset_NLV)
         value = value_loss(output.values_NL1, batch.target_value_N, batch.target_head_N, weight_P, num_targets)
         loss = mtp_loss(nll_NL, batch.target_head_N, weight_P, num_targets) + value_loss_weight * value
         nll_PL = torch.zeros(num_heads, nll_NL.shape[1], dtype=torch.float64, device=engine.device)

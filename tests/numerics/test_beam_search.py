@@ -142,3 +142,21 @@ def test_items_come_by_probability_of_leaf_and_share_and_only_eligible_ones(k, n
         ranked = item_BK[request, : len(expected)].tolist()
         assert all(score_of_item.get(item, expected[-1][0]) == pytest.approx(score, abs=1e-5) for item, (score, _) in
                    zip(ranked, expected, strict=True))
+
+
+def test_with_the_prior_a_model_that_knows_nothing_ranks_by_popularity():
+    market = Market(3)
+    weight = torch.from_numpy(np.random.default_rng(1).permutation(N)).double()  # no ties
+    slot_weights = market.trie.slot_weights(weight)
+
+    def uniform(request_N, prefix_codes_Nl):
+        return torch.zeros(request_N.numel(), market.trie.codebook_size).log_softmax(-1)
+
+    result = beam_search(uniform, market.trie, market.legal, market.request_group, N, "prior", slot_weights)
+    item_BK, score_BK = expand_items(result, market.trie, market.legal[-1], market.request_group, slot_weights, N, "prior")
+    for request in range(B):
+        eligible = market.groups[market.request_group[request]]
+        by_weight = sorted((int(item) for item in eligible), key=lambda item: -float(weight[item]))
+        assert item_BK[request, : len(eligible)].tolist() == by_weight
+        share = torch.tensor([float(weight[item]) + 0.1 for item in by_weight], dtype=torch.double)
+        torch.testing.assert_close(score_BK[request, : len(eligible)].exp().double(), share / share.sum(), rtol=1e-5, atol=1e-7)
