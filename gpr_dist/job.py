@@ -26,9 +26,9 @@ class DataConfig(Config):
     tokenizer: Path | None = None
     """tokenizer bundle; none = <folder>/tokenizer"""
     build: Path | None = None
-    """config of launch/build_data.py, run first when the data set is missing"""
+    """config of launch/build_data.py, run first when the data set is missing and the config's `out` is `folder`"""
     fit_tokenizer: Path | None = None
-    """config of launch/fit_tokenizer.py, run first when the tokenizer is missing"""
+    """config of launch/fit_tokenizer.py, run first when the tokenizer is missing and the config's `data` and `out` are these two folders"""
     legal_softmax: bool = True
     """train with the softmax over the codes legal at each request (the paper's); false = over all codes"""
     loader: LoaderConfig = LoaderConfig()

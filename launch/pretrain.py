@@ -1,7 +1,7 @@
 """Pretrain GPR on shards: `deepspeed launch/pretrain.py`, `torchrun --nproc-per-node 2 launch/pretrain.py`, `python launch/pretrain.py`.
 
-Resumes by itself from the newest complete checkpoint of the run, on any number of ranks. Without shards, the default config builds
-the quickstart's (The Complete Journey). SIGTERM or SIGUSR1: save and leave.
+Resumes by itself from the newest complete checkpoint of the run, on any number of ranks. The default config builds the quickstart's
+shards (The Complete Journey) when there are none. SIGTERM or SIGUSR1: save and leave.
 """
 
 import os
@@ -33,17 +33,22 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def prepare_data(config: DataConfig) -> None:
-    """Build shards and tokenizer that are missing and whose build is configured."""
-    train = config.folder / "shards" / "train" / "manifest.json"
-    if config.shards is None and not train.exists():
-        if config.build is None:
-            raise DataError(f"no shards in {train.parent}: run launch/build_data.py, or set data.folder (or data.build to have them built)")
-        build_data(load_config(BuildConfig, _from_root(config.build), [f"out={config.folder}"]))
-    bundle = tokenizer_folder(config)
+    """Build shards and tokenizer that are missing, where the configured build makes exactly these: a misspelt folder is not filled."""
+    shards, bundle = config.folder / "shards" / "train", tokenizer_folder(config)
+    if config.shards is None and not (shards / "manifest.json").exists():
+        build = load_config(BuildConfig, _from_root(config.build)) if config.build else None
+        if build is None or build.out.resolve() != config.folder.resolve():
+            other = f" (data.build={config.build} makes {build.out})" if build else ""
+            raise DataError(f"no shards in {shards}{other}; correct data.folder, or build them: "
+                            f"python launch/build_data.py --config YOUR_LOGS.yaml out={config.folder}")
+        build_data(build)
     if not (bundle / "tokenizer.json").exists():
-        if config.fit_tokenizer is None:
-            raise DataError(f"no tokenizer in {bundle}: run launch/fit_tokenizer.py, or set data.tokenizer (or data.fit_tokenizer)")
-        build_tokenizer(load_config(FitTokenizerConfig, _from_root(config.fit_tokenizer), [f"data={config.folder}", f"out={bundle}"]))
+        fit = load_config(FitTokenizerConfig, _from_root(config.fit_tokenizer)) if config.fit_tokenizer else None
+        if fit is None or (fit.data.resolve(), fit.out.resolve()) != (config.folder.resolve(), bundle.resolve()):
+            other = f" (data.fit_tokenizer={config.fit_tokenizer} makes {fit.out} from {fit.data})" if fit else ""
+            raise DataError(f"no tokenizer in {bundle}{other}; correct data.tokenizer, or fit it: "
+                            f"python launch/fit_tokenizer.py data={config.folder} out={bundle}")
+        build_tokenizer(fit)
 
 
 def check_resume(config: RunConfig) -> None:

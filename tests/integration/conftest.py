@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from pretrain_runs import NUM_STEPS, Pretraining, build_tiny_data, run_pretraining
+from pretrain_runs import NUM_STEPS, Pretraining, build_tiny_data, run_pretraining, write_configs
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +18,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def python_run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pretraining, Path]:
     """`python launch/pretrain.py` on data that does not exist yet, W&B offline. (finished job, run folder)."""
     folder = tmp_path_factory.mktemp("python")
-    overrides = [f"data.folder={folder}/data", f"data.build={tiny}/build.yaml", f"data.fit_tokenizer={tiny}/tokenizer.yaml",
+    write_configs(folder, logs=tiny / "logs")
+    overrides = [f"data.folder={folder}/data", f"data.build={folder}/build.yaml", f"data.fit_tokenizer={folder}/tokenizer.yaml",
                  f"run.folder={folder}/runs", "run.name=whole", "train.checkpoint.every_steps=1", f"train.checkpoint.keep_last={NUM_STEPS}"]
     return run_pretraining(folder / "job", overrides, launcher="python", wandb="offline"), folder / "runs" / "whole"
 

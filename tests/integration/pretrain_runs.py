@@ -23,10 +23,10 @@ from gpr_dist.config import load_config
 
 DAY = 86400
 JOB_MARK = "GPR_TEST_JOB"
-NUM_STEPS = 12
+NUM_STEPS = 20
 NUM_USERS, NUM_ADS, NUM_ARTICLES = 240, 150, 100
 WORDS = [a + b for a in ("red", "blue", "wild", "tiny", "old") for b in ("tea", "shoe", "lamp", "book", "car", "bike", "hat", "pen")]
-TINY = ["data.loader.global_batch_size=32", "data.loader.micro_batch_tokens=256", "model.width=16", "model.hsd.num_heads=2",
+TINY = ["data.loader.global_batch_size=16", "data.loader.micro_batch_tokens=512", "model.width=16", "model.hsd.num_heads=2",
         "model.ptd.num_heads=2", "model.embedding.feature_buckets=64", "model.embedding.scene_buckets=8",
         f"train.schedule.num_steps={NUM_STEPS}",
         "train.schedule.warmup_steps=2", "train.validate_every_steps=0", "validation.max_rows=8", "validation.beam_width=4",
@@ -47,14 +47,15 @@ def write_logs(folder: Path, seed: int = 0) -> None:
     pq.write_table(pa.table({"id": items, "title": [" ".join(rng.choice(WORDS, 4)) for _ in items]}), folder / "items.parquet")
 
 
-def write_configs(folder: Path) -> None:
-    """build.yaml and tokenizer.yaml, as a team with its own logs writes them."""
+def write_configs(folder: Path, logs: Path | None = None) -> None:
+    """build.yaml and tokenizer.yaml for data in <folder>/data, as a team with its own logs writes them."""
+    logs = logs or folder / "logs"
     column_names = {"user_id": "uid", "item_id": "item", "timestamp": "ts", "time_format": "s"}
     build = {"source": {"format": "files", "logs": [
-        {"path": str(folder / "logs" / "ads.parquet"), **column_names, "kind": "ad", "action": "click", "value": "ecpm",
+        {"path": str(logs / "ads.parquet"), **column_names, "kind": "ad", "action": "click", "value": "ecpm",
          "env_features": {"slot": "slot"}, "time_features": ["hour"]},
-        {"path": str(folder / "logs" / "reads.parquet"), **column_names, "kind": "organic"}],
-        "items": {"path": str(folder / "logs" / "items.parquet"), "item_id": "id", "text": ["title"]}},
+        {"path": str(logs / "reads.parquet"), **column_names, "kind": "organic"}],
+        "items": {"path": str(logs / "items.parquet"), "item_id": "id", "text": ["title"]}},
         "out": str(folder / "data"), "shards": {"rows_per_batch": 32}, "min_buckets": 3,
         "journeys": {"max_tokens": 48, "context_tokens": 16, "max_organic_per_block": 12,
                      "split": {"method": "time", "validation_from": "1970-03-12", "test_from": "1970-03-27"}}}

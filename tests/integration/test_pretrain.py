@@ -1,9 +1,8 @@
 """`launch/pretrain.py` as a user starts it: every launcher, data built on demand, W&B, and one line for every mistake."""
 
 import contextlib
-import json
+import shutil
 
-import pytest
 import yaml
 from pretrain_runs import NUM_STEPS, Pretraining, logged_losses, run_pretraining
 
@@ -34,7 +33,7 @@ def test_python_builds_missing_data_and_logs_offline(python_run):
     data = run.parents[1] / "data"
     assert ShardManifest.parse((data / "shards" / "train" / "manifest.json").read_text(), "train").num_rows > 200
     assert (data / "tokenizer" / "tokenizer.json").exists()
-    runs = list((run / "wandb").glob("offline-run-*/run-whole.wandb"))
+    runs = list((run / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(runs) == 1 and runs[0].stat().st_size > 1000
     assert len(list(run.glob("step-*"))) == NUM_STEPS
 
@@ -92,11 +91,12 @@ def test_dry_run_and_help(tiny, tmp_path):
 
 MISTAKES = {
     "unknown key": (["train.schedule.warmup_step=3"], ["train.schedule.warmup_step", "did you mean train.schedule.warmup_steps?"]),
-    "not a number": (["train.schedule.lr=high"], ["train.schedule.lr", "'high'"]),
-    "heads": (["model.width=15"], ["model", "must divide width=15"]),
-    "streams": (["data.loader.num_streams=5"], ["num_streams=5 does not divide global_batch_size=32", "nearest: 4 or"]),
+    "streams": (["data.loader.num_streams=5"], ["num_streams=5 does not divide global_batch_size=16", "nearest: 4 or"]),
     "no data": (["data.folder=nowhere", "data.build=null"], ["no shards in nowhere/shards/train", "launch/build_data.py"]),
+    "misspelt folder": (["data.folder=data/complete_jurney"], ["no shards in data/complete_jurney/shards/train",
+                        "makes data/complete_journey", "correct data.folder"]),
     "no tokenizer": (["data.tokenizer=nowhere", "data.fit_tokenizer=null"], ["no tokenizer in nowhere"]),
+    "misspelt tokenizer": (["data.tokenizer=nowhere"], ["no tokenizer in nowhere", "makes data/complete_journey/tokenizer"]),
 }
 
 
@@ -129,16 +129,9 @@ def test_resume_false_refuses_a_run_that_has_checkpoints(python_run, tiny, tmp_p
     assert len(job.errors()) == 1 and f"step-{NUM_STEPS:06d}" in job.errors()[0]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing"])
-def test_damaged_shards_stop_all_ranks(tiny, tmp_path, damage):
-    import shutil
-
+def test_damaged_shards_stop_the_run(tiny, tmp_path):
     shutil.copytree(tiny / "data", tmp_path / "data")
     victim = sorted((tmp_path / "data" / "shards" / "train").glob("part-*"))[0]
-    if damage == "truncated":
-        victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
-    else:
-        victim.unlink()
+    victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
     job = run_pretraining(tmp_path / "job", [f"data.folder={tmp_path}/data", f"run.folder={tmp_path}/runs"], expect=2, launcher="python")
     assert len(job.errors()) == 1 and victim.name in job.errors()[0] and "Traceback" not in job.stderr, job.describe()
-    assert json.loads((tmp_path / "data" / "shards" / "train" / "manifest.json").read_text())
