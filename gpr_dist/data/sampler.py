@@ -239,17 +239,16 @@ def spread(tokens_WK: np.ndarray, num_bins: int, budget: int, quadratic_at: int)
         bins_WK[ranks, :too_long] = shared + np.arange(too_long)
         if shared == 0:
             continue
-        load, used = np.zeros((len(ranks), shared)), np.zeros((len(ranks), shared), np.int64)
-        each = np.arange(len(ranks))[:, None]
-        row_work = work(tokens_WK[ranks], quadratic_at)
-        for start in range(too_long, num_rows, shared):  # one row for each bin: the longest to the lightest
-            tokens = tokens_WK[ranks, start:start + shared]
-            bins = np.argsort(load, axis=1, kind="stable")[:, :tokens.shape[1]]
-            bins_WK[ranks, start:start + shared] = bins
-            load[each, bins] += row_work[:, start:start + shared]  # a bin appears once per rank
-            used[each, bins] += tokens
-        if used.max() > budget:
+        tokens, load = tokens_WK[ranks, too_long:], np.zeros((len(ranks), shared))
+        row_work, bins, flat_load = work(tokens, quadratic_at), np.zeros(tokens.shape, np.int64), load.reshape(-1)
+        first_bin = shared * np.arange(len(ranks))[:, None]
+        for start in range(0, num_rows - too_long, shared):  # one row for each bin: the longest to the lightest
+            lightest = load.argsort(axis=1, kind="stable")[:, :num_rows - too_long - start] + first_bin
+            flat_load[lightest] += row_work[:, start:start + shared]  # a bin appears once per rank
+            bins[:, start:start + shared] = lightest
+        if np.bincount(bins.ravel(), tokens.ravel()).max(initial=0) > budget:
             return None
+        bins_WK[ranks, too_long:] = bins - first_bin
     return bins_WK
 
 
