@@ -5,9 +5,12 @@ launch/pretrain.py runs it, launch/plan.py only looks at it.
 
 from pathlib import Path
 
+from pydantic import model_validator
+
 from gpr_dist.config import Config
 from gpr_dist.data.loader import LoaderConfig
 from gpr_dist.data.reader import ShardReader
+from gpr_dist.decoding.beam_search import Softmax
 from gpr_dist.evaluation.validate import ValidationConfig
 from gpr_dist.model.gpr import GPRConfig
 from gpr_dist.tokenizer.semantic_ids import SemanticIds
@@ -29,8 +32,9 @@ class DataConfig(Config):
     """config of launch/build_data.py, run first when the data set is missing and the config's `out` is `folder`"""
     fit_tokenizer: Path | None = None
     """config of launch/fit_tokenizer.py, run first when the tokenizer is missing and the config's `data` and `out` are these two folders"""
-    legal_softmax: bool = True
-    """train with the softmax over the codes legal at each request (the paper's); false = over all codes"""
+    softmax: Softmax = "prior"
+    """codes the softmax runs over in training and search: all; legal = those legal at the request (the paper's); prior = the same with
+    the log of each code's popularity added to its logit"""
     loader: LoaderConfig = LoaderConfig()
     """order, batch sizes, prefetching"""
 
@@ -61,12 +65,21 @@ class PretrainConfig(Config):
     """sharding, precision, optimizer"""
     train: FitConfig = FitConfig()
     """loop"""
+    head_weights: tuple[float, ...] | None = None
+    """weights of the MTP heads in the loss (Eq. 3), adding up to 1; none = uniform"""
     value_loss_weight: float = 0.1
     """weight of the value regression beside the MTP loss"""
     validation: ValidationConfig = ValidationConfig(max_rows=128)
     """quality during training"""
     tracker: TrackerConfig = TrackerConfig()
     """logging"""
+
+    @model_validator(mode="after")
+    def _check(self) -> "PretrainConfig":
+        weights, heads = self.head_weights, self.model.num_mtp_heads
+        if weights is not None and (len(weights) != heads or min(weights) < 0 or abs(sum(weights) - 1) > 1e-6):
+            raise ValueError(f"head_weights={list(weights)} must be model.num_mtp_heads={heads} weights >= 0 that add up to 1")
+        return self
 
 
 def tokenizer_folder(config: DataConfig) -> Path:
@@ -87,3 +100,8 @@ def resolve(config: PretrainConfig) -> tuple[PretrainConfig, SemanticIds, dict[s
 
 def train_shards(config: DataConfig) -> str:
     return config.shards or str(config.folder / "shards" / "train")
+
+
+def split_shards(config: DataConfig) -> dict[str, str]:
+    """Folder or URI of every split, in time order; only the training split may lie elsewhere."""
+    return {"train": train_shards(config), **{split: str(config.folder / "shards" / split) for split in ("validation", "test")}}

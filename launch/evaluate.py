@@ -11,13 +11,16 @@ from typing import Any, Literal
 import torch
 
 from gpr_dist.config import Config, build_config, parse_cli
+from gpr_dist.data.eligibility import Eligibility
 from gpr_dist.data.loader import LoaderConfig, iter_once
+from gpr_dist.data.reader import ShardReader
 from gpr_dist.data.sampler import World
 from gpr_dist.decoding.model_decoder import ModelDecoder
 from gpr_dist.errors import CheckpointError, run_cli
 from gpr_dist.evaluation.baselines import evaluate_baselines, popularity
 from gpr_dist.evaluation.evaluate import comparison_table, evaluate_generation
 from gpr_dist.evaluation.validate import ValidationConfig, open_catalogue, open_journeys
+from gpr_dist.job import DataConfig, split_shards
 from gpr_dist.model.gpr import GPR, GPRConfig
 from gpr_dist.schema import write_atomic
 from gpr_dist.tokenizer.semantic_ids import SemanticIds
@@ -44,36 +47,50 @@ class EvaluateConfig(Config):
     settings: ValidationConfig = ValidationConfig()
     """cut-offs, beam, baselines"""
     out: Path | None = None
-    """JSON report; none = <run>/evaluation-<split>.json"""
+    """JSON report; none = <run>/evaluation-<split>.json, on other data than the run's <run>/evaluation-<split>-<name of the data>.json"""
 
 
 def main() -> int:
     config, args = parse_cli(EvaluateConfig, __doc__)
     folder = find_checkpoint(config.checkpoint)
     state = checkpoint.read_state(folder)
-    trained = state["config"]
-    data = config.data or Path(trained["data"]["folder"])
-    semantic_ids = SemanticIds.load(config.tokenizer or Path(trained["data"]["tokenizer"] or data / "tokenizer"))
+    trained = build_config(DataConfig, state["config"]["data"], str(folder))
+    data = trained if is_trained_data(config, trained) else DataConfig(folder=config.data)
+    shards = split_shards(data)
+    semantic_ids = SemanticIds.load(config.tokenizer or trained.tokenizer or data.folder / "tokenizer")
     semantic_ids.check_codebooks(state["fingerprints"]["tokenizer"], str(folder))
+    semantic_ids.check_catalogue(ShardReader(shards[config.split]).manifest.catalogue_fingerprint, shards[config.split])
+    out = config.out or report_path(config, folder, trained)
     if args.dry_run:
-        print(f"would evaluate {folder} on the {config.split} split of {data}")
+        print(f"would evaluate {folder} on the {config.split} split of {data.folder}, report in {out}")
         return 0
 
-    log = open_journeys(data, SPLITS[: SPLITS.index(config.split) + 1], config.split)
-    catalogue = open_catalogue(data, semantic_ids, popularity(log, semantic_ids.num_items, config.settings.baselines), "cpu")
-    model = load_model(folder, trained["model"])
+    read = {split: shards[split] for split in SPLITS[: SPLITS.index(config.split) + 1]}
+    log = open_journeys(read, config.split, config.settings.max_rows)
+    counts_I = popularity(log, semantic_ids.num_items, config.settings.baselines)
+    catalogue = open_catalogue(semantic_ids, Eligibility.load(data.folder), counts_I, "cpu")
+    model = load_model(folder, state["config"]["model"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     catalogue.trie = catalogue.trie.to(device)
-    batches = iter_once(data / "shards" / config.split, LoaderConfig(micro_batch_tokens=config.micro_batch_tokens), World(0, 1),
+    batches = iter_once(shards[config.split], LoaderConfig(micro_batch_tokens=config.micro_batch_tokens), World(0, 1),
                         semantic_ids.codes_NL, model.config.num_mtp_heads, config.settings.max_rows)
     decode = ModelDecoder(model.to(device), device)
     results = {f"GPR {folder.name}": evaluate_generation(decode, batches, catalogue.trie, catalogue.eligibility, catalogue.item_weight,
-                                                         config.settings.ks, config.settings.beam_width,
-                                                         "legal" if trained["data"]["legal_softmax"] else "all")}
+                                                         config.settings.ks, config.settings.beam_width, trained.softmax)}
     if config.baselines:
         results |= evaluate_baselines(log, catalogue.eligibility, semantic_ids.num_items, config.settings.baselines, config.settings.ks)
-    report(results, config, folder, data)
+    report(results, config, folder, data.folder, out)
     return 0
+
+
+def is_trained_data(config: EvaluateConfig, trained: DataConfig) -> bool:
+    return config.data is None or config.data.resolve() == trained.folder.resolve()
+
+
+def report_path(config: EvaluateConfig, folder: Path, trained: DataConfig) -> Path:
+    """Beside the step folders; a report on other data than the run's own carries their name and leaves the run's own report alone."""
+    suffix = "" if is_trained_data(config, trained) else f"-{config.data.resolve().name}"
+    return folder.parent / f"evaluation-{config.split}{suffix}.json"
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -96,9 +113,8 @@ def load_model(folder: Path, config: dict[str, Any]) -> GPR:
     return model.eval()
 
 
-def report(results: dict[str, dict[str, float]], config: EvaluateConfig, folder: Path, data: Path) -> None:
+def report(results: dict[str, dict[str, float]], config: EvaluateConfig, folder: Path, data: Path, out: Path) -> None:
     """Print the table and write everything as JSON."""
-    out = config.out or folder.parent / f"evaluation-{config.split}.json"
     document = {"checkpoint": str(folder), "data": str(data), "split": config.split, "results": results}
     write_atomic(out, json.dumps(document, indent=1).encode())
     model = next(iter(results.values()))

@@ -6,25 +6,31 @@ shards (The Complete Journey) when there are none. SIGTERM or SIGUSR1: save and 
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from data_pipeline.build import BuildConfig, build_data
 from data_pipeline.tokenize_items import FitTokenizerConfig, build_tokenizer
 from gpr_dist.config import load_config, parse_cli, to_yaml
+from gpr_dist.data.counts import count_ads
+from gpr_dist.data.eligibility import Eligibility
 from gpr_dist.data.legal import LegalCodes
 from gpr_dist.data.loader import build_loader
+from gpr_dist.data.reader import ShardReader
 from gpr_dist.data.sampler import World
 from gpr_dist.errors import ConfigError, DataError, run_cli
-from gpr_dist.evaluation.validate import build_validation, default_popularity, open_catalogue
-from gpr_dist.job import DataConfig, PretrainConfig, RunConfig, resolve, tokenizer_folder, train_shards
+from gpr_dist.evaluation.validate import build_validation, has_targets, open_catalogue, save_popularity
+from gpr_dist.job import DataConfig, PretrainConfig, RunConfig, resolve, split_shards, tokenizer_folder, train_shards
 from gpr_dist.model.flops import count_parameters
 from gpr_dist.model.gpr import GPR
 from gpr_dist.schema import write_atomic
+from gpr_dist.tokenizer.semantic_ids import SemanticIds
 from gpr_dist.training import checkpoint
 from gpr_dist.training.engine import Engine, init_distributed
-from gpr_dist.training.loop import Progress, fit, measure_peak_flops
+from gpr_dist.training.loop import Objective, Progress, fit, measure_peak_flops
 from gpr_dist.training.objective import mtp_objective
 from gpr_dist.training.plots import plot_losses
 from gpr_dist.training.tracker import Tracker
@@ -74,14 +80,12 @@ def main() -> int:
     torch.manual_seed(config.run.seed)
     engine = Engine(GPR(config.model), config.engine)
     torch.manual_seed(config.run.seed * 1_000_003 + rank)  # dropout differs between ranks
-    popularity = default_popularity(config.data.folder, semantic_ids, config.validation.baselines)
-    catalogue = open_catalogue(config.data.folder, semantic_ids, popularity, engine.device)
-    legal = LegalCodes(semantic_ids.codes_NL, semantic_ids.codebook_size, catalogue.eligibility) if config.data.legal_softmax else None
+    eligibility = Eligibility.load(config.data.folder)
+    legal = open_legal_codes(engine, config, semantic_ids, eligibility)
     loader = build_loader(train_shards(config.data), config.data.loader, World(rank, world_size), semantic_ids.codes_NL,
                           config.model.num_mtp_heads, legal)
-    objective = mtp_objective(config.model.num_mtp_heads, config.value_loss_weight)
-    validate = build_validation(engine, config.data.folder, catalogue, objective, config.validation, config.data.loader,
-                                config.model.num_mtp_heads, legal)
+    objective = mtp_objective(config.model.num_mtp_heads, config.value_loss_weight, config.head_weights)
+    validate = open_validation(engine, config, semantic_ids, eligibility, objective, legal)
 
     restored = checkpoint.load_latest(engine, run, fingerprints)
     progress = Progress(**restored.state["progress"]) if restored else Progress()
@@ -94,6 +98,8 @@ def main() -> int:
         tracker.say(f"{'resuming ' + str(restored.folder) if restored else 'starting ' + str(run)}: {parameters:,} parameters, "
                     f"ZeRO-{config.engine.zero_stage} {config.engine.precision}, {world_size} rank(s) on {engine.device.type}, "
                     f"{loader.steps_per_epoch} steps per epoch")
+        if validate is None:
+            tracker.say(f"no validation: {split_shards(config.data)['validation']} does not exist or has no targets")
     save_state = {"fingerprints": fingerprints, "config": config.model_dump(mode="json")}
     peak = measure_peak_flops(config.engine.precision, engine.device)
     try:
@@ -106,6 +112,32 @@ def main() -> int:
         print(f"run folder: {run}\nloss curves: {plot_losses(run)}", flush=True)
     engine.close()
     return 0
+
+
+def open_legal_codes(engine: Engine, config: PretrainConfig, semantic_ids: SemanticIds, eligibility: Eligibility) -> LegalCodes | None:
+    """What the training softmax runs over; the prior's counts are taken from the training split, each rank its share (collective)."""
+    if config.data.softmax == "all":
+        return None
+    counts = None
+    if config.data.softmax == "prior":
+        reader = ShardReader(train_shards(config.data), cache_dir=config.data.loader.cache_dir)
+        mine = count_ads(reader, World(engine.rank, engine.world_size), semantic_ids.num_items)
+        counts = engine.all_reduce(torch.from_numpy(mine)).cpu().numpy()
+    return LegalCodes(semantic_ids.codes_NL, semantic_ids.codebook_size, eligibility, counts)
+
+
+def open_validation(engine: Engine, config: PretrainConfig, semantic_ids: SemanticIds, eligibility: Eligibility, objective: Objective,
+                    legal: LegalCodes | None) -> Callable[[], dict[str, float]] | None:
+    """What `fit` calls to validate; none without a validation split. Rank 0 counts popularity, the others read its file (collective)."""
+    shards = split_shards(config.data)
+    if not has_targets(Path(shards["validation"])):
+        return None
+    path = config.run.folder / config.run.name / "popularity.npy"
+    earlier = {split: shards[split] for split in ("train", "validation")}
+    together(lambda: save_popularity(path, earlier, semantic_ids.num_items, config.validation.baselines), only_if=engine.rank == 0)
+    catalogue = open_catalogue(semantic_ids, eligibility, np.load(path, allow_pickle=False), engine.device)
+    return build_validation(engine, shards["validation"], catalogue, objective, config.validation, config.data.loader,
+                            config.model.num_mtp_heads, legal, config.data.softmax)
 
 
 def dry_run(config: PretrainConfig) -> int:

@@ -1,9 +1,12 @@
 """What README.md and PAPER.md say about the code, as data: references such as `gpr_dist/model/gpr.py:GPR.forward`, and which hold."""
 
 import ast
+import importlib.util
 import re
+import sys
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = re.compile(r"`([\w./-]+\.py)(::?)([\w.]+)`")
@@ -34,6 +37,15 @@ def broken_references(text: str) -> list[str]:
         if not exists or (separator == "::") != is_test:
             broken.append(f"{path}{separator}{name}")
     return broken
+
+
+def launch_module(name: str) -> ModuleType:
+    """A script of launch/ as a module, as Python finds it when the script is run."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "launch" / f"{name}.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 def _defined(node: ast.stmt) -> set[str]:

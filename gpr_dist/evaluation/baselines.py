@@ -63,13 +63,15 @@ class JourneyLog:
     user_ids: np.ndarray  # user_id of each user number
 
 
-def read_log(batches: Mapping[str, Iterable[pa.RecordBatch]], evaluated: str = "test") -> JourneyLog:
+def read_log(batches: Mapping[str, Iterable[pa.RecordBatch]], evaluated: str = "test", max_rows: int | None = None) -> JourneyLog:
     """Recover the events and the requests of split `evaluated` from the journeys of it and of every earlier split.
 
     Each split lists its own part of a journey once (positions from num_context up to the lookahead), so nothing counts twice.
     Requests without a prediction site have no targets for the model and none here; their events remain history.
 
-    Args: batches: split -> record batches of JOURNEY_SCHEMA, e.g. every `ShardReader.read_batch(number)` of its folder.
+    Args:
+        batches: split -> record batches of JOURNEY_SCHEMA, e.g. every `ShardReader.read_batch(number)` of its folder, in order.
+        max_rows: requests come from the first so many rows of the evaluated split only, as with `iter_once`; none = all.
     Raises: DataError when a split is missing or has no request.
     """
     needed = SPLITS[: SPLITS.index(evaluated) + 1]
@@ -78,8 +80,11 @@ def read_log(batches: Mapping[str, Iterable[pa.RecordBatch]], evaluated: str = "
     user_ids, parts = [], []
     num_rows = num_requests = 0
     for split in needed:
+        is_evaluated = split == evaluated
+        rows_left = (np.iinfo(np.int64).max if max_rows is None else max_rows) if is_evaluated else 0
         for batch in batches[split]:
-            part = _read_batch(batch, split == evaluated, num_rows, num_requests)
+            part = _read_batch(batch, not is_evaluated, rows_left, num_rows, num_requests)
+            rows_left = max(0, rows_left - batch.num_rows)
             user_ids.append(batch.column("user_id"))
             parts.append(part)
             num_rows, num_requests = num_rows + batch.num_rows, num_requests + len(part["request_row"])
@@ -165,8 +170,8 @@ def evaluate_baselines(log: JourneyLog, eligibility: Eligibility, num_items: int
     return {name: ranking_metrics(ranking_sums(torch.from_numpy(ranked_RK), *targets, ks)) for name, ranked_RK in ranked.items()}
 
 
-def _read_batch(batch: pa.RecordBatch, is_evaluated: bool, first_row: int, first_request: int) -> dict[str, np.ndarray]:
-    """The events a batch lists for its split, and its requests if that split is evaluated; row and request numbers continue."""
+def _read_batch(batch: pa.RecordBatch, is_counted: bool, asking_rows: int, first_row: int, first_request: int) -> dict[str, np.ndarray]:
+    """The events a batch lists for its split, and the requests of its first `asking_rows` rows; row and request numbers continue."""
     length_B = np.diff(batch.column("item").offsets.to_numpy())
     row_T = np.repeat(np.arange(batch.num_rows), length_B)
     position_T = np.arange(len(row_T)) - (np.cumsum(length_B) - length_B)[row_T]
@@ -176,7 +181,7 @@ def _read_batch(batch: pa.RecordBatch, is_evaluated: bool, first_row: int, first
     is_ad_T = type_T == TokenType.I
 
     event = np.flatnonzero(is_fresh_T & (is_ad_T | (type_T == TokenType.O)))
-    target = np.flatnonzero(is_fresh_T & is_ad_T & is_evaluated)
+    target = np.flatnonzero(is_fresh_T & is_ad_T & (row_T < asking_rows))
     row, block = row_T[target], block_T[target]
     starts = np.ones(len(target), dtype=bool)  # the first ad of a request
     starts[1:] = (row[1:] != row[:-1]) | (block[1:] != block[:-1])
@@ -191,7 +196,7 @@ def _read_batch(batch: pa.RecordBatch, is_evaluated: bool, first_row: int, first
         "item": item_T[event],
         "time": time_T[event],
         "is_ad": is_ad_T[event],
-        "is_counted": np.full(len(event), not is_evaluated),
+        "is_counted": np.full(len(event), is_counted),
         "request_row": request_row + first_row,
         "request_time": time_T[target[starts][has_site]],
         "request_group": batch.column("eligibility").flatten().to_numpy()[group_offset_B[request_row] + request_block],

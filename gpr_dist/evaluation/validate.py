@@ -1,6 +1,7 @@
 """Model quality on one split: loss, and HitR and NDCG of what the beam search generates; during training and in launch/evaluate.py."""
 
-from collections.abc import Callable, Iterator
+import io
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from gpr_dist.data.legal import LegalCodes
 from gpr_dist.data.loader import LoaderConfig, iter_once
 from gpr_dist.data.reader import ShardReader
 from gpr_dist.data.sampler import World
+from gpr_dist.decoding.beam_search import Softmax
 from gpr_dist.decoding.model_decoder import ModelDecoder
 from gpr_dist.decoding.trie import Trie
 from gpr_dist.evaluation.baselines import BaselineConfig, JourneyLog, popularity, read_log
 from gpr_dist.evaluation.evaluate import evaluate_generation
-from gpr_dist.schema import EVERY_AD
+from gpr_dist.schema import EVERY_AD, ShardManifest, write_atomic
 from gpr_dist.tokenizer.semantic_ids import SemanticIds
 from gpr_dist.training.engine import Engine
 from gpr_dist.training.loop import Objective
@@ -48,29 +50,45 @@ class Catalogue:
     item_weight: Tensor  # float32 [catalogue items]
 
 
-def open_journeys(data: Path, splits: tuple[str, ...], evaluated: str) -> JourneyLog:
-    """Every event of the splits, once; requests and targets of `evaluated`."""
+def has_targets(split: Path) -> bool:
+    """Whether a local split folder exists and holds something to predict. Raises: DataError for a damaged manifest."""
+    manifest = split / "manifest.json"
+    return manifest.exists() and ShardManifest.parse(manifest.read_bytes(), str(manifest)).num_targets > 0
+
+
+def open_journeys(shards: Mapping[str, str | Path], evaluated: str, max_rows: int | None = None) -> JourneyLog:
+    """Every event of the splits, once; requests and targets of the first `max_rows` rows of `evaluated`.
+
+    Args: shards: split -> folder or URI, of `evaluated` and every split before it.
+    """
 
     def batches(reader: ShardReader) -> Iterator[pa.RecordBatch]:
         return (reader.read_batch(number) for number in range(reader.num_batches))
 
-    return read_log({split: batches(ShardReader(data / "shards" / split)) for split in splits}, evaluated)
+    return read_log({split: batches(ShardReader(folder)) for split, folder in shards.items()}, evaluated, max_rows)
 
 
-def open_catalogue(data: Path, semantic_ids: SemanticIds, popularity_I: np.ndarray, device: torch.device | str) -> Catalogue:
+def save_popularity(path: Path, shards: Mapping[str, str | Path], num_items: int, config: BaselineConfig) -> None:
+    """Count popularity before the validation split, reading every event, and write it as .npy, whole or not at all."""
+    content = io.BytesIO()
+    np.save(content, popularity(open_journeys(shards, "validation"), num_items, config), allow_pickle=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, content.getvalue())
+
+
+def open_catalogue(semantic_ids: SemanticIds, eligibility: Eligibility, popularity_I: np.ndarray, device: torch.device | str) -> Catalogue:
     """Build the trie over the ads of the catalogue."""
-    eligibility = Eligibility.load(data)
     ads = eligibility.items(EVERY_AD)
     trie = Trie.from_codes(semantic_ids.codes_NL[ads], semantic_ids.codebook_size, ads).to(device)
     return Catalogue(semantic_ids, trie, eligibility, torch.from_numpy(np.ascontiguousarray(popularity_I, dtype=np.float32)))
 
 
-def build_validation(engine: Engine, data: Path, catalogue: Catalogue, objective: Objective, config: ValidationConfig, loader: LoaderConfig,
-                     num_heads: int, legal: LegalCodes | None) -> Callable[[], dict[str, float]]:
-    """The function `fit` calls: validation/loss and ranking metrics over `config.max_rows` journeys (collective)."""
+def build_validation(engine: Engine, shards: str | Path, catalogue: Catalogue, objective: Objective, config: ValidationConfig,
+                     loader: LoaderConfig, num_heads: int, legal: LegalCodes | None, softmax: Softmax) -> Callable[[], dict[str, float]]:
+    """The function `fit` calls: validation/loss and ranking metrics over `config.max_rows` journeys of a split (collective)."""
     world = World(engine.rank, engine.world_size)
     codes_ML = catalogue.semantic_ids.codes_NL
-    batches = iter_once(data / "shards" / "validation", loader, world, codes_ML, num_heads, config.max_rows, legal)
+    batches = iter_once(shards, loader, world, codes_ML, num_heads, config.max_rows, legal)
 
     @torch.no_grad()
     def validate() -> dict[str, float]:
@@ -81,14 +99,8 @@ def build_validation(engine: Engine, data: Path, catalogue: Catalogue, objective
         total, count = engine.all_reduce(sums).tolist()
         decode = ModelDecoder(engine, engine.device)
         generation = evaluate_generation(decode, batches, catalogue.trie, catalogue.eligibility, catalogue.item_weight, config.ks,
-                                         config.beam_width, "legal" if legal else "all", all_reduce=engine.all_reduce, progress=False)
+                                         config.beam_width, softmax, all_reduce=engine.all_reduce, progress=False)
         ranked = {f"{metric}@{k}": generation[f"{metric}@{k}"] for metric in ("hitr", "ndcg") for k in config.ks}
         return {f"validation/{name}": value for name, value in ({"loss": total / max(count, 1)} | ranked).items()}
 
     return validate
-
-
-def default_popularity(data: Path, semantic_ids: SemanticIds, config: BaselineConfig, splits: tuple[str, ...] = ("train", "validation"),
-                       evaluated: str = "validation") -> np.ndarray:
-    """Popularity of every item from events before the evaluated split."""
-    return popularity(open_journeys(data, splits, evaluated), semantic_ids.num_items, config)

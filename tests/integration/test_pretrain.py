@@ -16,7 +16,7 @@ def check_finished(job: Pretraining, run, steps: int = NUM_STEPS) -> None:
     """A run that reached its end left everything behind."""
     losses = logged_losses(run)
     assert list(losses) == list(range(1, steps + 1))
-    assert f"run folder: {run}" in job.stdout and (run / "loss.png").stat().st_size > 1000
+    assert f"run folder: {run}" in job.stdout and (run / "loss.png").stat().st_size > 1000 and (run / "popularity.npy").exists()
     assert (run / f"step-{steps:06d}" / "manifest.json").exists()
     assert f"{steps}/{steps}" in job.stderr, "no progress bar"
     last = [line for line in read_metrics(run / "metrics.jsonl") if line["step"] == steps]
@@ -36,6 +36,19 @@ def test_python_builds_missing_data_and_logs_offline(python_run):
     runs = list((run / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(runs) == 1 and runs[0].stat().st_size > 1000
     assert len(list(run.glob("step-*"))) == NUM_STEPS
+
+
+def test_training_without_a_validation_split(tiny, tmp_path):
+    """Shards at a URI and nothing but catalogue and tokenizer in the data folder."""
+    data, job_folder = tmp_path / "data", tmp_path / "job"
+    shutil.copytree(tiny / "data", data, ignore=shutil.ignore_patterns("shards"))
+    overrides = [f"data.folder={data}", f"data.shards=file://{tiny}/data/shards/train", f"run.folder={tmp_path}/runs", "run.name=r",
+                 "train.schedule.num_steps=2", "train.schedule.warmup_steps=1"]
+    job = run_pretraining(job_folder, overrides, launcher="python")
+    assert f"no validation: {data}/shards/validation does not exist" in job.stderr
+    run = tmp_path / "runs" / "r"
+    assert list(logged_losses(run)) == [1, 2] and not (run / "popularity.npy").exists()
+    assert not any(key.startswith("validation") for line in read_metrics(run / "metrics.jsonl") for key in line)
 
 
 def test_torchrun_on_two_ranks_sees_what_one_rank_sees(torchrun_run, python_run):

@@ -1,6 +1,5 @@
 """README.md is true: files, functions, commands and settings it names exist, and no file is missing from its tree."""
 
-import importlib.util
 import os
 import re
 import shlex
@@ -9,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from documents import ROOT, broken_references, references
+from documents import ROOT, broken_references, launch_module, references
 
 from data_pipeline.build import BuildConfig
 from data_pipeline.tokenize_items import FitTokenizerConfig
@@ -19,15 +18,6 @@ from gpr_dist.job import PretrainConfig
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "PAPER.md")}
 FLAGS = {"--append": "a switch of launch/fit_tokenizer.py"}
-
-
-def launch_module(name: str):
-    """A script of launch/ as a module, as Python finds it when the script is run."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "launch" / f"{name}.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
 
 
 JOBS: dict[str, tuple[type[Config], str | None]] = {  # script -> its config and the file it reads without --config

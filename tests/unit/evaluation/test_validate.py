@@ -1,0 +1,62 @@
+"""What validation and evaluation read from a data folder: whether there is a split, popularity, and the same requests for every ranker."""
+
+import numpy as np
+import pytest
+from journeys_fixture import NUM_ITEMS, random_journeys, write_split
+
+from gpr_dist.data.loader import LoaderConfig, iter_once
+from gpr_dist.data.sampler import World
+from gpr_dist.errors import DataError
+from gpr_dist.evaluation import validate
+from gpr_dist.evaluation.baselines import BaselineConfig, popularity, read_log
+from gpr_dist.evaluation.validate import has_targets, open_journeys, save_popularity
+
+CODES = np.random.default_rng(0).integers(0, 32, (NUM_ITEMS, 3))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for seed, split in enumerate(("train", "validation")):
+        write_split(folder / split, random_journeys(90, seed), num_parts=2)
+    return {split: folder / split for split in ("train", "validation")}
+
+
+def test_a_split_counts_only_with_something_to_predict(shards, tmp_path):
+    assert has_targets(shards["validation"]) and not has_targets(tmp_path / "none")
+    write_split(tmp_path / "empty", random_journeys(0))
+    assert (tmp_path / "empty" / "manifest.json").exists() and not has_targets(tmp_path / "empty")
+    (tmp_path / "empty" / "manifest.json").write_text("{}")
+    with pytest.raises(DataError):
+        has_targets(tmp_path / "empty")
+
+
+def test_popularity_survives_the_file_and_a_failed_write(shards, tmp_path, monkeypatch):
+    batches = {split: random_journeys(90, seed) for seed, split in enumerate(shards)}
+    expected = popularity(read_log({split: [batch] for split, batch in batches.items()}, "validation"), NUM_ITEMS + 3, BaselineConfig())
+    path = tmp_path / "run" / "popularity.npy"
+    save_popularity(path, shards, NUM_ITEMS + 3, BaselineConfig())
+    np.testing.assert_array_equal(np.load(path, allow_pickle=False), expected)
+    assert expected.sum() > 0 and len(expected) == NUM_ITEMS + 3
+
+    monkeypatch.setattr(validate, "popularity", lambda *_: (_ for _ in ()).throw(DataError("cut short")))
+    with pytest.raises(DataError):
+        save_popularity(path, shards, NUM_ITEMS, BaselineConfig())
+    np.testing.assert_array_equal(np.load(path, allow_pickle=False), expected)
+
+
+@pytest.mark.parametrize("max_rows", [1, 13, 16, 40, 90, None])
+def test_baselines_and_model_see_the_same_requests(shards, max_rows):
+    """Compared as (eligibility, ad) of every target, and by the number of requests."""
+    log = open_journeys(shards, "validation", max_rows)
+    from_model, from_log = [], sorted(zip(log.request_group_R[log.target_request_N].tolist(), log.target_item_N.tolist(), strict=True))
+    num_requests = 0
+    for batch in iter_once(shards["validation"], LoaderConfig(micro_batch_tokens=200), World(), CODES, 4, max_rows):
+        first = batch.target_head_N == 0
+        from_model += zip(batch.request_eligibility_R[batch.target_request_N[first]].tolist(), batch.target_item_N[first].tolist(),
+                          strict=True)
+        num_requests += len(batch.request_eligibility_R)
+    assert sorted(from_model) == from_log and num_requests == len(log.request_group_R) > 0
+    everything = open_journeys(shards, "validation")
+    np.testing.assert_array_equal(log.item_X, everything.item_X)  # history and counts do not depend on it
+    np.testing.assert_array_equal(log.is_counted_X, everything.is_counted_X)
