@@ -25,7 +25,7 @@ JOBS: dict[str, tuple[type[Config], str | None]] = {  # script -> its config and
     "fit_tokenizer.py": (FitTokenizerConfig, "configs/tokenizer/complete_journey.yaml"),
     "pretrain.py": (PretrainConfig, "configs/pretrain.yaml"),
     "evaluate.py": (launch_module("evaluate").EvaluateConfig, None),
-    "plan.py": (launch_module("plan").PlanConfig, None),
+    "plan.py": (launch_module("plan").PlanConfig, "configs/pretrain.yaml"),
     "bench.py loader": (launch_module("bench_loader").LoaderBenchConfig, None),
 }
 
