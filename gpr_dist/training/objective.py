@@ -10,11 +10,12 @@ from gpr_dist.training.loop import LossShare, Objective
 # N targets  P MTP heads  L levels
 
 
-def mtp_objective(num_heads: int, value_loss_weight: float) -> Objective:
-    """Multi-token prediction (GPR Eq. 3) plus `value_loss_weight` times the value regression."""
+def mtp_objective(num_heads: int, value_loss_weight: float, head_weights: tuple[float, ...] | None = None) -> Objective:
+    """Multi-token prediction (GPR Eq. 3, head weights uniform if none) plus `value_loss_weight` times the value regression."""
 
     def share(engine: Engine, batch: Batch, num_targets: int) -> LossShare:
-        weight_P = uniform_head_weights(num_heads, engine.device)
+        weight_P = uniform_head_weights(num_heads) if head_weights is None else torch.tensor(head_weights)
+        weight_P = weight_P.to(engine.device)
         output = engine(batch)
         nll_NL = code_nll(output.logits_NLV, batch.target_codes_NL, batch.target_offset_NLV)
         value = value_loss(output.values_NL1, batch.target_value_N, batch.target_head_N, weight_P, num_targets)
