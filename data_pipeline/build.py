@@ -110,7 +110,7 @@ def build_data(config: BuildConfig) -> Path:
         _build_eligibility(config, source, catalogue)
         counts.update(_write_shards(config, plan, pool))
     manifests = {split: write_manifest(out / "shards" / split, split, plan.user_features, plan.env_features, catalogue.fingerprint,
-                                       catalogue.num_items) for split in SPLITS}
+                                       catalogue.num_items) for split in reversed(SPLITS)}  # training starts when it sees the first split
     _report(bad_rows, counts, catalogue, manifests, time.monotonic() - started)
     summary = {"key": key, "rows": bad_rows.total, "bad_rows": dict(bad_rows.reasons), "counts": dict(counts)}
     write_atomic(out / "build.json", json.dumps(summary, indent=1).encode())
@@ -456,7 +456,7 @@ def _report(bad_rows: BadRows, counts: Counter, catalogue: Catalogue, manifests:
     for name, count in sorted(counts.items()):
         if count and name not in ("users", "requests", "ad events", "organic events"):
             print(f"  left out: {count:,} {name}")
-    for line in _split_table(manifests.values()):
+    for line in _split_table(manifests[split] for split in SPLITS):
         print(line)
     print(f"{seconds:.1f} s, {good / max(seconds, 1e-9):,.0f} events/s")
 

@@ -205,6 +205,24 @@ def test_killed_anywhere_then_finished(logs, built, tmp_path, step):
     assert digest(build_data(config(logs, out))) == digest(built)
 
 
+@pytest.mark.parametrize("finished", [0, 1, 2])
+def test_the_training_manifest_is_the_last(logs, tmp_path, monkeypatch, finished):
+    """Training takes a data set without validation manifest for one without a validation split."""
+    write_manifest, calls = build_module.write_manifest, []
+
+    def killed(*arguments):
+        if len(calls) == finished:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        return write_manifest(*arguments)
+
+    monkeypatch.setattr(build_module, "write_manifest", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build_data(config(logs, tmp_path / "out"))
+    assert len(list(tmp_path.glob("out/shards/*/manifest.json"))) == finished
+    assert not (tmp_path / "out" / "shards" / "train" / "manifest.json").exists()
+
+
 def test_appended_catalogue_keeps_every_index(logs, built, tmp_path):
     make_logs(tmp_path / "new", num_ads=500, seed=1)
     more = pq.read_table(tmp_path / "new" / "ads.parquet")
