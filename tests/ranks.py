@@ -30,7 +30,7 @@ def run_ranks(target: str, world_size: int, folder: Path, timeout: float = 180, 
     port = free_port()
     processes, logs = [], []
     for rank in range(world_size):
-        log = open(folder / f"rank-{rank}.log", "w")
+        log = open(folder / f"rank-{rank}.log", "w")  # noqa: SIM115  closed with its process
         logs.append(log)
         command = [sys.executable, __file__, target, str(folder / f"result-{rank}.json"), json.dumps(arguments)]
         processes.append(subprocess.Popen(command, env=rank_environment(rank, world_size, port), stdout=log, stderr=subprocess.STDOUT))
