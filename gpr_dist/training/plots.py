@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -14,7 +15,7 @@ def plot_losses(run_folder: Path) -> Path:
     """Write `loss.png`: training loss, loss per head and per level, validation loss and HitR over steps. Returns its path."""
     lines = read_metrics(run_folder / "metrics.jsonl")
     figure, axes = plt.subplots(1, 3, figsize=(15, 4), constrained_layout=True)
-    _curves(axes[0], lines, ["loss", "validation/loss"], "loss (nats per ad)")
+    _curves(axes[0], lines, ["loss", "validation/loss"], "loss, weighted over heads (nats)")
     keys = sorted({key for line in lines for key in line})
     _curves(axes[1], lines, [k for k in keys if k.startswith(("loss_head/", "loss_level/"))], "loss by head and level (nats)")
     _curves(axes[2], lines, [k for k in keys if k.startswith("validation/hitr@")], "validation HitR")
@@ -28,10 +29,17 @@ def plot_losses(run_folder: Path) -> Path:
 def _curves(axis: plt.Axes, lines: list[dict], keys: list[str], title: str) -> None:
     for key in keys:
         points = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
-        if points:
-            marker = "o" if key.startswith("validation") else None
-            axis.plot(*zip(*points, strict=True), label=key, linewidth=1, marker=marker, markersize=3)
+        if not points:
+            continue
+        steps, values = zip(*points, strict=True)
+        if key.startswith("validation"):
+            axis.plot(steps, values, label=key, marker="o", markersize=3)
+        else:  # single steps are noisy: thin line, with the mean of the last 5 % over it
+            window = max(1, len(values) // 20)
+            line = axis.plot(steps, values, linewidth=0.5, alpha=0.35)[0]
+            mean = np.convolve(values, np.ones(window) / window, mode="valid")
+            axis.plot(steps[window - 1 :], mean, label=key, color=line.get_color(), linewidth=1.5)
     axis.set(title=title, xlabel="step")
     axis.grid(alpha=0.3)
     if axis.lines:
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="upper right")
