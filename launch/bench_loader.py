@@ -173,14 +173,12 @@ def _ours(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path, con
 def _columns_only(held: HeldRows, rows: np.ndarray) -> dict[str, torch.Tensor]:
     """The tensors that every contender delivers, out of the rows our loader holds."""
     _, position = held.find(rows)
-    start = held.journeys.token_offsets[position].astype(np.int64)
-    lengths = held.journeys.token_offsets[position + 1] - start
-    ends = np.cumsum(lengths)
-    index = np.repeat(start - (ends - lengths), lengths) + np.arange(ends[-1])
-    context = held.journeys.num_context[position].astype(np.int64)
-    out = {"offsets": torch.from_numpy(np.append(0, ends)), "num_context": torch.from_numpy(context)}
-    for name in COLUMNS:
-        out[name] = torch.from_numpy(held.journeys.tokens[name].take(index).astype(np.float32 if name == "value" else np.int64))
+    journeys = held.journeys
+    lengths = journeys.token_offsets[position + 1] - journeys.token_offsets[position]
+    out = {"offsets": torch.from_numpy(np.append(0, np.cumsum(lengths, dtype=np.int64))),
+           "num_context": torch.from_numpy(journeys.num_context[position].astype(np.int64))}
+    for name, values in journeys.gather(position, COLUMNS).items():
+        out[name] = torch.from_numpy(values.astype(np.float32 if name == "value" else np.int64, copy=False))
     return out
 
 

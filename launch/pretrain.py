@@ -64,7 +64,6 @@ def check_resume(config: RunConfig) -> None:
 
 
 def main() -> int:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     config, args = parse_cli(PretrainConfig, __doc__, ROOT / "configs" / "pretrain.yaml")
     check_resume(config.run)
     if args.dry_run:
@@ -151,8 +150,8 @@ def dry_run(config: PretrainConfig) -> int:
 
 
 def share_cpu_cores() -> None:
-    """Without a GPU the ranks of this host divide its cores; more threads than cores make every rank slower."""
-    if not torch.cuda.is_available():
+    """Without a GPU the ranks of this host divide its cores, unless OMP_NUM_THREADS says otherwise; more threads than cores are slower."""
+    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
 

@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 started=$SECONDS
-export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore
+export PYTHONWARNINGS=ignore
 # glibc would hand every large temporary back to the system and fault it in again; on CPU that costs more than the arithmetic.
 export MALLOC_MMAP_THRESHOLD_=34359738368 MALLOC_TRIM_THRESHOLD_=34359738368 MALLOC_TOP_PAD_=268435456
 run=${RUN_NAME:-quickstart}
@@ -17,6 +17,6 @@ python launch/fit_tokenizer.py --config configs/tokenizer/complete_journey.yaml
 say "3/4 pretraining: ZeRO-3 on 2 processes (resumes by itself if you interrupt it)"
 deepspeed --num_accelerators 2 launch/pretrain.py "run.name=$run"
 say "4/4 evaluation on December, the held-out last month"
-OMP_NUM_THREADS=$(nproc) python launch/evaluate.py "checkpoint=runs/$run"
+python launch/evaluate.py "checkpoint=runs/$run"
 say "done"
 echo "run folder:  runs/$run    loss curves: runs/$run/loss.png    table: runs/$run/evaluation-test.json"

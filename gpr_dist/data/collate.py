@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 
 from gpr_dist.errors import DataError
-from gpr_dist.schema import Batch, TokenType
+from gpr_dist.schema import JOURNEY_SCHEMA, Batch, TokenType
 
 # B rows  T packed model tokens  A ads (with look-ahead)  R requests  N targets  L levels  M catalogue items
 
@@ -20,6 +20,7 @@ TOKEN_COLUMNS = ("token_type", "block", "item", "action", "scene", "timestamp", 
 _INPUT_COLUMNS = TOKEN_COLUMNS[:7]
 _AD_COLUMNS = ("block", "item", "action", "timestamp", "value", "pctr", "pcvr")
 _SIDE_COLUMNS = ("user_features", "env_features", "eligibility")
+_DTYPES = {name: np.dtype(JOURNEY_SCHEMA.field(name).type.value_type.to_pandas_dtype()) for name in TOKEN_COLUMNS + _SIDE_COLUMNS}
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class JourneyColumns:
     token_offsets: np.ndarray
     tokens: dict[str, np.ndarray]
     sides: dict[str, tuple[np.ndarray, np.ndarray]]
+    as_bytes: pa.RecordBatch
+    """the list columns as columns of byte strings: Arrow gathers those with one memcpy per row, not with an index per number"""
 
     @property
     def num_rows(self) -> int:
@@ -51,7 +54,18 @@ class JourneyColumns:
                 row = int(np.flatnonzero(offsets[name] != offsets["token_type"])[0]) - 1
                 raise DataError(f"row {row} of a record batch: {name} and token_type differ in length; rebuild the shards")
         return cls(batch.column("num_context").to_numpy(), batch.column("num_lookahead").to_numpy(), offsets["token_type"],
-                   {name: values[name] for name in TOKEN_COLUMNS}, {name: (offsets[name], values[name]) for name in _SIDE_COLUMNS})
+                   {name: values[name] for name in TOKEN_COLUMNS}, {name: (offsets[name], values[name]) for name in _SIDE_COLUMNS},
+                   pa.RecordBatch.from_pydict({name: _byte_strings(offsets[name], values[name]) for name in values}))
+
+    def gather(self, rows: np.ndarray, names: Sequence[str] = TOKEN_COLUMNS + _SIDE_COLUMNS) -> dict[str, np.ndarray]:
+        """The numbers of list columns at these rows (int64 positions), end to end."""
+        taken = self.as_bytes.select(names).take(pa.array(rows))
+        return {name: np.frombuffer(column.buffers()[2] or b"", _DTYPES[name]) for name, column in zip(names, taken.columns, strict=True)}
+
+
+def _byte_strings(offsets: np.ndarray, values: np.ndarray) -> pa.LargeBinaryArray:
+    ends = offsets.astype(np.int64) * values.itemsize
+    return pa.Array.from_buffers(pa.large_binary(), len(offsets) - 1, [None, pa.py_buffer(ends), pa.py_buffer(values)])
 
 
 def collate(parts: Sequence[tuple[pa.RecordBatch | JourneyColumns, np.ndarray]], row_ids_B: np.ndarray, codes_ML: np.ndarray,
@@ -123,35 +137,36 @@ def collate(parts: Sequence[tuple[pa.RecordBatch | JourneyColumns, np.ndarray]],
         request_eligibility_R=_int64(_take(g["eligibility"], _take(eligibility_start, request_row_R) + request_block_R)),
         request_time_R=_int64(_take(g["ad_timestamp"], first_ad)), target_request_N=tensor(target_request),
         target_head_N=tensor(target_head), target_item_N=_int64(_take(g["ad_item"], target_ad)),
-        target_codes_NL=tensor(_take(_codes(g["ad_item"], codes_ML), target_ad)), target_action_N=_int64(_take(g["ad_action"], target_ad)),
+        target_codes_NL=tensor(_take(_take(codes_ML, g["ad_item"]).astype(np.int64), target_ad)), target_action_N=_int64(_take(g["ad_action"], target_ad)),
         target_value_N=tensor(_take(g["ad_value"], target_ad)), target_pctr_N=tensor(_take(g["ad_pctr"], target_ad)),
         target_pcvr_N=tensor(_take(g["ad_pcvr"], target_ad)))
 
 
 def _gather(journeys: JourneyColumns, rows: np.ndarray) -> dict[str, np.ndarray]:
     """The chosen rows' model tokens, ads and side lists, as flat arrays with lengths."""
-    start, num_lookahead = journeys.token_offsets[rows].astype(np.int64), journeys.num_lookahead[rows]
-    full = journeys.token_offsets[rows + 1] - start
-    length = full - num_lookahead
-    full_index = _ranges(start, full)
-    index = _ranges(start, length) if num_lookahead.any() else full_index
-    ads = np.flatnonzero(_take(journeys.tokens["token_type"], full_index) == TokenType.I)
-    ad_index = _take(full_index, ads)
-    full_end = np.cumsum(full)
+    full = journeys.gather(rows)
+    full_length = journeys.token_offsets[rows + 1] - journeys.token_offsets[rows].astype(np.int64)
+    full_end = np.cumsum(full_length)
+    full_start = full_end - full_length
+    num_lookahead = journeys.num_lookahead[rows]
+    length = full_length - num_lookahead
+    ads = np.flatnonzero(full["token_type"] == TokenType.I)
     num_ads = np.diff(np.searchsorted(ads, full_end), prepend=0)
     out = {"num_context": journeys.num_context[rows], "num_lookahead": num_lookahead, "length": length, "num_ads": num_ads,
-           "ad_row": np.repeat(np.arange(len(rows)), num_ads), "ad_position": ads - np.repeat(full_end - full, num_ads)}
-    out |= {name: _take(journeys.tokens[name], index) for name in _INPUT_COLUMNS}
-    out |= {f"ad_{name}": _take(journeys.tokens[name], ad_index) for name in _AD_COLUMNS}
-    for name, (offsets, values) in journeys.sides.items():
-        side_start = offsets[rows].astype(np.int64)
-        lengths = offsets[rows + 1] - side_start
-        out[name], out[f"{name}_length"] = _take(values, _ranges(side_start, lengths)), lengths
+           "ad_row": np.repeat(np.arange(len(rows)), num_ads), "ad_position": ads - np.repeat(full_start, num_ads)}
+    out |= {f"ad_{name}": _take(full[name], ads) for name in _AD_COLUMNS}
+    if num_lookahead.any():
+        index = _ranges(full_start, length)
+        out |= {name: _take(full[name], index) for name in _INPUT_COLUMNS}
+    else:
+        out |= {name: full[name] for name in _INPUT_COLUMNS}
+    for name, (offsets, _) in journeys.sides.items():
+        out[name], out[f"{name}_length"] = full[name], offsets[rows + 1] - offsets[rows].astype(np.int64)
     return out
 
 
 def _take(values: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """values[index] for indices known to be in range: not checking each is a quarter faster."""
+    """values[index] without the check that an index is in range, a quarter of the time; one outside takes the nearest value."""
     return values.take(index, axis=0, mode="clip") if len(values) else values
 
 
@@ -184,9 +199,11 @@ def _int64(values: np.ndarray) -> torch.Tensor:
 def _codes(item: np.ndarray, codes_ML: np.ndarray) -> np.ndarray:
     if len(codes_ML) == 0:
         return np.full((len(item), codes_ML.shape[1]), -1)
-    codes = codes_ML.take(item, axis=0, mode="clip").astype(np.int64, copy=False)
-    codes |= (item >> (8 * item.itemsize - 1)).astype(np.int64)[:, None]  # the sign bit spread out: -1 where there is no item
-    return codes
+    codes_TL = _take(codes_ML, item).astype(np.int64, copy=False)
+    no_item = (item >> (8 * item.itemsize - 1)).astype(np.int64)  # the sign bit spread out: -1 where there is no item, else 0
+    for codes_T in codes_TL.T:
+        codes_T |= no_item
+    return codes_TL
 
 
 def _check_items(item: np.ndarray, token_type: np.ndarray | None, num_items: int, where: Callable[[int], str]) -> None:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -70,10 +71,10 @@ class Loader:
     """Iterate for `Step`s, endlessly over epochs. `state_dict` always describes the next step the consumer will get."""
 
     def __init__(self, reader: ShardReader, sampling: Sampling, world: World, make_batch: "Callable[[HeldRows, np.ndarray], Batch]",
-                 prefetch_steps: int, read_threads: int) -> None:
+                 prefetch_steps: int, num_threads: int) -> None:
         """Args: make_batch: from the rows in memory and the global row numbers of a micro-batch to the micro-batch."""
         self.reader, self.sampling, self.world, self._make_batch = reader, sampling, world, make_batch
-        self._prefetch_steps, self._read_threads = prefetch_steps, read_threads
+        self._prefetch_steps, self._num_threads = prefetch_steps, num_threads
         self._epoch = self._step = 0
 
     @property
@@ -107,14 +108,14 @@ class Loader:
                 "num_streams": s.num_streams, "window_rows": s.window_rows, "quadratic_at": s.quadratic_at}
 
     def _steps(self, epoch: int, first_step: int) -> Iterator[Step]:
-        with ThreadPoolExecutor(1, "window") as ahead, ThreadPoolExecutor(self._read_threads, "read") as readers:
-            windows = self._windows(epoch, first_step, ahead, readers)
+        with ThreadPoolExecutor(1, "window") as ahead, ThreadPoolExecutor(self._num_threads, "loader") as workers:
+            windows = self._windows(epoch, first_step, ahead, workers)
             for plan, number, window, rows in windows:
                 start = max(number * plan.steps_per_window, first_step if plan.epoch == epoch else 0)
                 for step in range(start, min((number + 1) * plan.steps_per_window, plan.num_steps)):
                     rows_Cg, tokens_Cg = plan.step_rows(window, step)
                     packed = pack_step(rows_Cg, tokens_Cg, self.world, self.sampling.micro_batch_tokens, self.sampling.quadratic_at)
-                    yield Step(plan.epoch, step, [self._make_batch(rows, chosen) for chosen in packed])
+                    yield Step(plan.epoch, step, list(workers.map(partial(self._make_batch, rows), packed)))
 
     def _windows(self, epoch: int, first_step: int, ahead: ThreadPoolExecutor, readers: ThreadPoolExecutor) -> Iterator[tuple]:
         """(epoch plan, window number, window, this rank's rows of it), each loaded while the one before is used."""

@@ -58,18 +58,17 @@ class ShardReader:
         """Record batch `number`. Raises: DataError naming file, batch, and expected and found checksum."""
         index = self._index
         shard, offset, num_bytes = int(index["shard"][number]), int(index["offset"][number]), int(index["num_bytes"][number])
-        where = f"{self._path(shard)} batch {self._number_in_shard(number)}"
         try:
             content = self._read_bytes(shard, offset, num_bytes)
         except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{where} cannot be read ({error}); {_REBUILD}") from None
+            raise DataError(f"{self._where(number)} cannot be read ({error}); {_REBUILD}") from None
         if content.size != num_bytes:
-            raise DataError(f"{where}: the file ends {num_bytes - content.size} bytes early; {_REBUILD}")
+            raise DataError(f"{self._where(number)}: the file ends {num_bytes - content.size} bytes early; {_REBUILD}")
         if self._unverified[number]:
             found = xxhash.xxh3_64_intdigest(content)
             expected = int(index["checksum"][number])
             if found != expected:
-                raise DataError(f"{where} is damaged: checksum {found:016x}, expected {expected:016x}; {_REBUILD}")
+                raise DataError(f"{self._where(number)} is damaged: checksum {found:016x}, expected {expected:016x}; {_REBUILD}")
             self._unverified[number] = False
         try:
             if self.manifest.container == "arrow":
@@ -77,9 +76,9 @@ class ShardReader:
             else:
                 batch = pa.ipc.open_stream(content).read_next_batch()
         except (pa.ArrowException, OSError, StopIteration) as error:
-            raise DataError(f"{where} is not a record batch of journeys ({error}); {_REBUILD}") from None
+            raise DataError(f"{self._where(number)} is not a record batch of journeys ({error}); {_REBUILD}") from None
         if batch.num_rows != index["num_rows"][number]:
-            raise DataError(f"{where} has {batch.num_rows} rows, the index says {index['num_rows'][number]}; {_REBUILD}")
+            raise DataError(f"{self._where(number)} has {batch.num_rows} rows, the index says {index['num_rows'][number]}; {_REBUILD}")
         with self._lock:
             self.num_batches_read += 1
         return batch
@@ -104,11 +103,11 @@ class ShardReader:
     def locate(self, row: int) -> str:
         """File, batch and row in it of a global row number, for messages."""
         number = int(np.searchsorted(self.first_row, row, side="right")) - 1
-        shard = int(self._index["shard"][number])
-        return f"{self._path(shard)} batch {self._number_in_shard(number)} row {row - int(self.first_row[number])}"
+        return f"{self._where(number)} row {row - int(self.first_row[number])}"
 
-    def _number_in_shard(self, number: int) -> int:
-        return number - int(np.searchsorted(self._index["shard"], self._index["shard"][number]))
+    def _where(self, number: int) -> str:
+        shard = int(self._index["shard"][number])
+        return f"{self._path(shard)} batch {number - int(np.searchsorted(self._index['shard'], shard))}"
 
     def _path(self, shard: int) -> str:
         return f"{self.folder.rstrip('/')}/{self.manifest.shards[shard].name}"

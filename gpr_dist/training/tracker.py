@@ -113,7 +113,7 @@ def _start_wandb(config: TrackerConfig, run_folder: Path, resolved_config: dict[
     if mode == "disabled":
         return None
     try:
-        settings = wandb.Settings(silent=True, init_timeout=60)
+        settings = wandb.Settings(silent=True, init_timeout=20)
         return wandb.init(project=config.project, name=run_folder.name, id=_run_id(run_folder), resume="allow", dir=str(run_folder),
                           config=resolved_config, mode=mode, settings=settings)
     except Exception as error:

@@ -44,11 +44,11 @@ def test_the_legal_softmax_runs_over_the_legal_codes_only():
     model, batch = tiny_model(), random_batch(2)
     codes = batch.target_codes_NL[:, :, None]
     legal = (torch.rand(len(codes), L, V, generator=torch.Generator().manual_seed(0)) < 0.5).scatter(2, codes, True)
-    share = mtp_objective(P, 0.0)(PlainEngine(model), dataclasses.replace(batch, target_legal_NLV=legal), 7)
+    share = mtp_objective(P, 0.0)(PlainEngine(model), dataclasses.replace(batch, target_offset_NLV=legal.float().log()), 7)
     probability = model(batch).logits_NLV.softmax(-1).double()
     nll = -(probability.gather(2, codes).squeeze(2) / (probability * legal).sum(-1)).log()
     torch.testing.assert_close(share.loss.double(), nll.sum() / P / 7, rtol=1e-5, atol=0)
     share.loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     only = torch.zeros_like(legal).scatter(2, codes, True)  # one legal code is certain
-    assert mtp_objective(P, 0.0)(PlainEngine(model), dataclasses.replace(batch, target_legal_NLV=only), 7).loss == 0
+    assert mtp_objective(P, 0.0)(PlainEngine(model), dataclasses.replace(batch, target_offset_NLV=only.float().log()), 7).loss == 0
