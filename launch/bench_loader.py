@@ -157,7 +157,8 @@ def _ours(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path, con
                             micro_batch_tokens=config.micro_batch_tokens, prefetch_steps=config.prefetch_steps)
     loader = build_loader(folder, settings, World(), codes, num_heads=4)
     if not full:
-        loader = Loader(loader.reader, loader.sampling, World(), _columns_only, settings.prefetch_steps, settings.read_threads)
+        loader = Loader(loader.reader, loader.sampling, World(), _columns_only, settings.prefetch_steps, settings.read_threads,
+                        settings.pack_threads)
     steps = iter(loader)  # one iterator over all repetitions: it reads ahead into the next epoch, as in training
 
     def epoch() -> tuple[int, int]:

@@ -137,9 +137,9 @@ def collate(parts: Sequence[tuple[pa.RecordBatch | JourneyColumns, np.ndarray]],
         request_eligibility_R=_int64(_take(g["eligibility"], _take(eligibility_start, request_row_R) + request_block_R)),
         request_time_R=_int64(_take(g["ad_timestamp"], first_ad)), target_request_N=tensor(target_request),
         target_head_N=tensor(target_head), target_item_N=_int64(_take(g["ad_item"], target_ad)),
-        target_codes_NL=tensor(_take(_take(codes_ML, g["ad_item"]).astype(np.int64), target_ad)), target_action_N=_int64(_take(g["ad_action"], target_ad)),
-        target_value_N=tensor(_take(g["ad_value"], target_ad)), target_pctr_N=tensor(_take(g["ad_pctr"], target_ad)),
-        target_pcvr_N=tensor(_take(g["ad_pcvr"], target_ad)))
+        target_codes_NL=tensor(_take(_take(codes_ML, g["ad_item"]).astype(np.int64), target_ad)),
+        target_action_N=_int64(_take(g["ad_action"], target_ad)), target_value_N=tensor(_take(g["ad_value"], target_ad)),
+        target_pctr_N=tensor(_take(g["ad_pctr"], target_ad)), target_pcvr_N=tensor(_take(g["ad_pcvr"], target_ad)))
 
 
 def _gather(journeys: JourneyColumns, rows: np.ndarray) -> dict[str, np.ndarray]:
