@@ -1,11 +1,12 @@
-"""`bench.py loader`: our loader beside others over the same journeys, one process, one core, repetitions interleaved.
+"""`bench.py loader`: our loader beside others over the same journeys, one process each, repetitions interleaved.
 
 Every contender delivers packed micro-batches of at most `micro_batch_tokens` tokens in shuffled order as torch tensors: offsets,
 num_context, and token_type, block, item, action, scene, timestamp, value end to end, in int64 and float32. Ours also verifies checksums
 and balances work in every row of the table; "full batch" is what training gets, with semantic IDs, requests and the targets of four MTP
 heads on top. MB/s counts the raw bytes of the journeys' columns for everybody. Peers do the work in their usual way; where an expert
 could write something faster with the same library, that runs too. Opening is not timed, whole epochs are; ours verifies its checksums
-again in each.
+again in each. Ours reads and packs in background threads as in training, which wall time shows on an idle machine with more than one
+core; "rows per CPU s" counts all threads of the process. `core=0` binds everything to one core.
 """
 
 import itertools
@@ -325,7 +326,7 @@ def _report(config: LoaderBenchConfig, medians: dict[str, tuple[float, float]], 
     peers = {name: median for name, median in medians.items() if not name.startswith("ours")}
     fastest = min(peers, key=peers.get) if peers else None
     print(f"{config.num_rows} journeys, {num_tokens / config.num_rows:.0f} tokens and {row_bytes / 1000:.1f} kB each on average; "
-          f"one process, median of {config.repetitions} interleaved epochs")
+          f"one process, {len(os.sched_getaffinity(0))} cores, median of {config.repetitions} interleaved epochs")
     print(f"{'':32} {'rows/s':>9} {'MB/s':>7} {'x fastest peer':>15} {'rows per CPU s':>15}")
     results = {}
     for name, (median, cpu) in sorted(medians.items(), key=lambda item: item[1]):
