@@ -5,7 +5,7 @@ num_context, and token_type, block, item, action, scene, timestamp, value end to
 and balances work in every row of the table; "full batch" is what training gets, with semantic IDs, requests and the targets of four MTP
 heads on top. MB/s counts the raw bytes of the journeys' columns for everybody. Peers do the work in their usual way; where an expert
 could write something faster with the same library, that runs too. Opening is not timed, whole epochs are; ours verifies its checksums
-again in each. Ours reads and packs in background threads as in training, which wall time shows on an idle machine with more than one
+again in each. Ours reads and packs in two background threads as in training, which wall time shows on an idle machine with more than one
 core; "rows per CPU s" counts all threads of the process. `core=0` binds everything to one core.
 """
 
@@ -158,8 +158,7 @@ def _ours(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path, con
                             micro_batch_tokens=config.micro_batch_tokens, prefetch_steps=config.prefetch_steps)
     loader = build_loader(folder, settings, World(), codes, num_heads=4)
     if not full:
-        loader = Loader(loader.reader, loader.sampling, World(), _columns_only, settings.prefetch_steps, settings.read_threads,
-                        settings.pack_threads)
+        loader = Loader(loader.reader, loader.sampling, World(), _columns_only, settings.prefetch_steps, settings.read_threads)
     steps = iter(loader)  # one iterator over all repetitions: it reads ahead into the next epoch, as in training
 
     def epoch() -> tuple[int, int]:

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -54,8 +53,6 @@ class LoaderConfig(Config):
     """steps prepared ahead in a background thread; 0 = none and no thread"""
     read_threads: int = Field(default=8, ge=1)
     """record batches fetched at a time, for remote shards"""
-    pack_threads: int = Field(default=2, ge=1)
-    """micro-batches packed at a time"""
     cache_dir: str | None = None
     """where index and row statistics of remote shards are kept; none = the system's temporary folder"""
 
@@ -73,11 +70,10 @@ class Loader:
     """Iterate for `Step`s, endlessly over epochs. `state_dict` always describes the next step the consumer will get."""
 
     def __init__(self, reader: ShardReader, sampling: Sampling, world: World, make_batch: "Callable[[HeldRows, np.ndarray], Batch]",
-                 prefetch_steps: int, read_threads: int, pack_threads: int) -> None:
-        """Args: make_batch: from the rows in memory and the global row numbers of a micro-batch to the micro-batch; called by
-        `pack_threads` threads at a time."""
+                 prefetch_steps: int, read_threads: int) -> None:
+        """Args: make_batch: from the rows in memory and the global row numbers of a micro-batch to the micro-batch."""
         self.reader, self.sampling, self.world, self._make_batch = reader, sampling, world, make_batch
-        self._prefetch_steps, self._read_threads, self._pack_threads = prefetch_steps, read_threads, pack_threads
+        self._prefetch_steps, self._read_threads = prefetch_steps, read_threads
         self._epoch = self._step = 0
 
     @property
@@ -111,15 +107,14 @@ class Loader:
                 "num_streams": s.num_streams, "window_rows": s.window_rows, "quadratic_at": s.quadratic_at}
 
     def _steps(self, epoch: int, first_step: int) -> Iterator[Step]:
-        with (ThreadPoolExecutor(1, "window") as ahead, ThreadPoolExecutor(self._read_threads, "read") as readers,
-              ThreadPoolExecutor(self._pack_threads, "pack") as packers):
+        with ThreadPoolExecutor(1, "window") as ahead, ThreadPoolExecutor(self._read_threads, "read") as readers:
             windows = self._windows(epoch, first_step, ahead, readers)
             for plan, number, window, rows in windows:
                 start = max(number * plan.steps_per_window, first_step if plan.epoch == epoch else 0)
                 for step in range(start, min((number + 1) * plan.steps_per_window, plan.num_steps)):
                     rows_Cg, tokens_Cg = plan.step_rows(window, step)
                     packed = pack_step(rows_Cg, tokens_Cg, self.world, self.sampling.micro_batch_tokens, self.sampling.quadratic_at)
-                    yield Step(plan.epoch, step, list(packers.map(partial(self._make_batch, rows), packed)))
+                    yield Step(plan.epoch, step, [self._make_batch(rows, chosen) for chosen in packed])
 
     def _windows(self, epoch: int, first_step: int, ahead: ThreadPoolExecutor, readers: ThreadPoolExecutor) -> Iterator[tuple]:
         """(epoch plan, window number, window, this rank's rows of it), each loaded while the one before is used."""
@@ -167,7 +162,8 @@ class HeldRows:
         numbers, start = np.unique(number_of_row, return_index=True)
         low, high = rows[start], rows[np.append(start[1:], len(rows)) - 1] + 1
         fetch = [number for number in numbers.tolist() if number not in kept]
-        fetched = dict(zip(fetch, (readers.map if readers else map)(reader.read_batch_or_skip, fetch), strict=True))
+        fetch_all = map if readers is None or reader.is_local else readers.map  # threads cost more than they gain on a memory map
+        fetched = dict(zip(fetch, fetch_all(reader.read_batch_or_skip, fetch), strict=True))
         batches = [fetched.get(number, kept.get(number)) for number in numbers.tolist()]
         unfinished = high < reader.first_row[numbers] + reader.num_rows[numbers]
         kept.clear()
@@ -236,7 +232,7 @@ def build_loader(folder: str | Path, config: LoaderConfig, world: World, codes_M
         raise DataError(f"{folder} has no journeys; check the time cut-offs of the build")
     _check_codes(reader, codes_ML)
     make_batch = _batch_maker(codes_ML, num_heads, legal, counted=True)
-    return Loader(reader, sampling, world, make_batch, config.prefetch_steps, config.read_threads, config.pack_threads)
+    return Loader(reader, sampling, world, make_batch, config.prefetch_steps, config.read_threads)
 
 
 def iter_once(folder: str | Path, config: LoaderConfig, world: World, codes_ML: np.ndarray, num_heads: int,

@@ -38,7 +38,7 @@ class ShardReader:
         """Raises: DataError when there is no manifest, the index is altered, or (on_corrupt = stop) a shard is missing or cut short."""
         self.folder, self.verify, self.on_corrupt = str(folder), verify, on_corrupt
         self._files, self._root = _open_filesystem(self.folder)
-        self._is_local = isinstance(self._files, fs.LocalFileSystem)
+        self.is_local = isinstance(self._files, fs.LocalFileSystem)
         self.manifest = self._read_manifest()
         index, rows = self._local_sidecars(Path(cache_dir or Path(tempfile.gettempdir()) / f"gpr-dist-{os.getuid()}"))
         self.first_row, self.num_rows = index["first_row"], index["num_rows"]
@@ -126,7 +126,7 @@ class ShardReader:
         """The index as arrays and the memory-mapped row statistics, both checked against the manifest."""
         paths = [Path(self._root) / "index.arrow", Path(self._root) / "rows.npy"]
         try:
-            if not self._is_local:
+            if not self.is_local:
                 local = [cache / f"{self.manifest.index_checksum}-{path.name}" for path in paths]
                 paths = [_copy_once(self._files, f"{self._root}/{path.name}", copy) for path, copy in zip(paths, local, strict=True)]
             if self.verify != "never" and _sha256(paths) != self.manifest.index_checksum:
@@ -161,7 +161,7 @@ class ShardReader:
         with self._lock:
             if shard not in self._opened:
                 path = f"{self._root}/{self.manifest.shards[shard].name}"
-                if self._is_local:
+                if self.is_local:
                     with pa.memory_map(path) as file:
                         self._opened[shard] = file.read_buffer()  # no copy; the mapping lives as long as the buffer
                 else:

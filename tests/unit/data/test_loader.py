@@ -120,8 +120,8 @@ def test_resume_on_the_same_ranks_is_bit_identical(folder):
 
 
 def test_prefetch_and_threads_change_nothing(folder):
-    plain = build_loader(folder, CONFIG.model_copy(update={"prefetch_steps": 0, "read_threads": 1, "pack_threads": 1}), World(), CODES, 4)
-    ahead = build_loader(folder, CONFIG.model_copy(update={"prefetch_steps": 4, "pack_threads": 4}), World(), CODES, 4)
+    plain = build_loader(folder, CONFIG.model_copy(update={"prefetch_steps": 0, "read_threads": 1}), World(), CODES, 4)
+    ahead = build_loader(folder, CONFIG.model_copy(update={"prefetch_steps": 4}), World(), CODES, 4)
     for a, b in itertools.islice(zip(plain, ahead, strict=False), 20):
         assert all(equal(x, y) for x, y in zip(a.micro_batches, b.micro_batches, strict=True))
         assert plain.state_dict() == ahead.state_dict()
