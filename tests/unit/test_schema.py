@@ -1,6 +1,7 @@
 """The shared types: the manifest on disk, the batch, and files that are replaced whole or not at all."""
 
 import dataclasses
+import errno
 import os
 
 import pytest
@@ -52,7 +53,7 @@ def test_a_batch_counts_itself_and_copies_whole():
     batch = random_batch(1, num_rows=4)
     assert (batch.num_rows, batch.num_tokens) == (4, len(batch.item_T)) and batch.num_targets == int((batch.target_head_N == 0).sum())
     assert (empty_batch().num_rows, empty_batch().num_tokens, empty_batch().num_targets) == (0, 0, 0)
-    legal = dataclasses.replace(batch, target_legal_NLV=torch.ones(len(batch.target_head_N), 3, 16, dtype=torch.bool))
+    legal = dataclasses.replace(batch, target_offset_NLV=torch.zeros(len(batch.target_head_N), 3, 16))
     for source in (batch, legal):
         for f in dataclasses.fields(Batch):
             a, b = getattr(source, f.name), getattr(source.to("cpu"), f.name)
@@ -72,7 +73,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "state"
     write_atomic(path, b"old")
     with monkeypatch.context() as broken:
-        broken.setattr(schema.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+        broken.setattr(schema.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "disk full")))
         with pytest.raises(OSError, match="disk full"):
             write_atomic(path, b"new, but cut")
     assert path.read_bytes() == b"old"
