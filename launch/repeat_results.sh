@@ -10,9 +10,7 @@ one() { # name, then overrides
     local name=$1
     shift
     deepspeed --num_accelerators 2 launch/pretrain.py "run.name=$name" "$@"
-    for split in validation test; do
-        python launch/evaluate.py "checkpoint=runs/$name" "split=$split" baselines="${BASELINES:-false}"
-    done
+    python launch/evaluate.py "checkpoint=runs/$name" baselines=false
 }
 
 for seed in ${SEEDS:-0 1 2}; do
