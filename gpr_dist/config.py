@@ -34,7 +34,8 @@ def load_config(cls: type[C], path: str | Path | None = None, overrides: list[st
     values = _read_yaml(path) if path is not None else {}
     for override in overrides:
         _apply_override(values, override)
-    return build_config(cls, values, where=str(path) if path else "command line")
+    origin = [str(path)] if path else []
+    return build_config(cls, values, where=" with ".join([*origin, "command line"] if overrides or not path else origin))
 
 
 def build_config(cls: type[C], values: dict[str, Any], where: str) -> C:

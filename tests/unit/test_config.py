@@ -204,3 +204,18 @@ def test_every_yaml_is_accepted(path, tmp_path):
                           capture_output=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert "schedule:" in done.stdout and "parameters" in done.stdout and list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_on_the_command_line_is_not_blamed_on_the_file_alone(tmp_path):
+    class Job(Config):
+        steps: int = 1
+
+    path = tmp_path / "job.yaml"
+    path.write_text("steps: 2\n")
+    for overrides, origin in (([], str(path)), (["stepps=3"], f"{path} with command line")):
+        if not overrides:
+            path.write_text("stepps: 2\n")
+        with pytest.raises(ConfigError, match="did you mean steps") as caught:
+            load_config(Job, path, overrides)
+        assert str(caught.value).startswith(f"{origin}: ")
+        path.write_text("steps: 2\n")
