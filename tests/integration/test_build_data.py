@@ -361,7 +361,7 @@ def test_command_line(logs, tmp_path):
     assert dry.returncode == 0 and "about 5 buckets" in dry.stdout and not (tmp_path / "data").exists(), dry.stderr
     wrong = run("journeys.max_token=5")
     assert wrong.returncode == 2 and wrong.stderr.strip().splitlines() == [
-        f"ConfigError: {path}: unknown key journeys.max_token; did you mean journeys.max_tokens?"]
+        f"ConfigError: {path} with command line: unknown key journeys.max_token; did you mean journeys.max_tokens?"]
 
 
 # ------------------------------------------------------------------------------------------------- public data sets
