@@ -17,8 +17,8 @@ from data_pipeline.embeddings import EmbeddingConfig, TextSVD, embed_items, fit_
 from gpr_dist.config import Config
 from gpr_dist.errors import DataError, TokenizerError
 from gpr_dist.schema import write_atomic
+from gpr_dist.tokenizer.config import TokenizerConfig
 from gpr_dist.tokenizer.fit import fit_tokenizer
-from gpr_dist.tokenizer.rq_kmeans import RQKMeansConfig
 from gpr_dist.tokenizer.semantic_ids import SemanticIds
 
 TEXT_SVD = "text_svd"  # attachment: the fitted text encoder
@@ -36,7 +36,7 @@ class FitTokenizerConfig(Config):
     """where the item embeddings come from"""
     cooccurrence: CooccurrenceConfig = CooccurrenceConfig()
     """what the training journeys add to them"""
-    tokenizer: RQKMeansConfig = RQKMeansConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
     """how the codebooks are fitted"""
 
 

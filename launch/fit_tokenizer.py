@@ -10,8 +10,8 @@ from pathlib import Path
 from data_pipeline.tokenize_items import FitTokenizerConfig, append_items, build_tokenizer, open_catalogue
 from gpr_dist.config import parse_cli, to_yaml
 from gpr_dist.errors import run_cli
+from gpr_dist.tokenizer.kmeans import resolve_device
 from gpr_dist.tokenizer.metrics import format_report
-from gpr_dist.tokenizer.rq_kmeans import resolve_device
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs/tokenizer/complete_journey.yaml"
 

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import numpy as np
 
 from gpr_dist.config import Config
+from gpr_dist.tokenizer.quantizer import Quantizer
 
 # N items  L levels  V codes per level  D embedding dim  G groups: distinct semantic IDs, in the order of their packed keys
 
-_READ_ROWS = 262_144
+_READ_ROWS = 65_536
 _PAS_ITEMS = 2_000_000  # PAS is measured on whole colliding groups of at most about this many items
 
 
@@ -46,9 +47,9 @@ class TokenizerReport(Config):
     """squared error left after the level / squared distance of the embeddings to their mean (0 = exact, 1 = no better than the mean)"""
 
 
-def measure(embeddings_ND: np.ndarray, codes_NL: np.ndarray, codebooks_LVD: np.ndarray) -> TokenizerReport:
+def measure(embeddings_ND: np.ndarray, codes_NL: np.ndarray, quantizer: Quantizer) -> TokenizerReport:
     """All metrics of one tokenizer on one catalogue."""
-    codebook_size = codebooks_LVD.shape[1]
+    codebook_size = quantizer.config.codebook_size
     groups = group_items(codes_NL, codebook_size)
     sizes_G = np.diff(groups.offsets_G1)
     usage_LV = code_usage(codes_NL, codebook_size)
@@ -61,7 +62,7 @@ def measure(embeddings_ND: np.ndarray, codes_NL: np.ndarray, codebooks_LVD: np.n
         cur=tuple(float(x) for x in (usage_LV > 0).mean(1)),
         entropy_bits=tuple(float(x) for x in entropy_bits(usage_LV)),
         pas=pairwise_similarity(embeddings_ND, groups),
-        reconstruction_error=tuple(float(x) for x in reconstruction_error(embeddings_ND, codes_NL, codebooks_LVD)),
+        reconstruction_error=tuple(float(x) for x in reconstruction_error(embeddings_ND, codes_NL, quantizer)),
     )
 
 
@@ -122,17 +123,20 @@ def pairwise_similarity(embeddings_ND: np.ndarray, groups: Groups, max_items: in
     return total / num_pairs if num_pairs else None
 
 
-def reconstruction_error(embeddings_ND: np.ndarray, codes_NL: np.ndarray, codebooks_LVD: np.ndarray) -> np.ndarray:
-    """Share of the embeddings' variance left after each level, Σ‖e - Σ_{k≤l} c^k‖² / Σ‖e - mean‖²: float64 [L], 0 if there is none."""
-    num_levels, _, dim = codebooks_LVD.shape
-    left_L, squared, summed_D = np.zeros(num_levels), 0.0, np.zeros(dim)
+def reconstruction_error(embeddings_ND: np.ndarray, codes_NL: np.ndarray, quantizer: Quantizer) -> np.ndarray:
+    """Share of the embeddings' variance left after each level, Σ‖e - ê_l‖² / Σ‖e - mean‖²: float64 [L], 0 if there is none.
+
+    ê_l is what the first l codes stand for: the sum of their centroids, through the decoder where there is one.
+    """
+    num_levels = codes_NL.shape[1]
+    left_L, squared, summed_D = np.zeros(num_levels), 0.0, np.zeros(embeddings_ND.shape[1])
     for lo in range(0, len(embeddings_ND), _READ_ROWS):
-        residual_nD = np.array(embeddings_ND[lo:lo + _READ_ROWS], np.float32)
-        squared += float(np.square(residual_nD, dtype=np.float64).sum())
-        summed_D += residual_nD.sum(0, dtype=np.float64)
+        rows_nD = np.array(embeddings_ND[lo:lo + _READ_ROWS], np.float32)
+        squared += float(np.square(rows_nD, dtype=np.float64).sum())
+        summed_D += rows_nD.sum(0, dtype=np.float64)
         for level in range(num_levels):
-            residual_nD -= codebooks_LVD[level][codes_NL[lo:lo + _READ_ROWS, level]]
-            left_L[level] += float(np.square(residual_nD).sum(dtype=np.float64))
+            error_nD = rows_nD - quantizer.reconstruct(codes_NL[lo:lo + _READ_ROWS], level + 1)
+            left_L[level] += float(np.square(error_nD).sum(dtype=np.float64))
     variance = squared - float(np.square(summed_D).sum()) / len(embeddings_ND)
     return left_L / variance if variance > 0 else left_L
 

@@ -1,6 +1,6 @@
 """Semantic IDs of a catalogue: the tokenizer bundle in memory and on disk.
 
-Owns the codes of every item, the codebooks they index, their fingerprints and the bundle folder; fitting is rq_kmeans.py's.
+Owns the codes of every item, the quantizer that makes them, their fingerprints and the bundle folder; fitting is fit.py's.
 Three fingerprints answer three questions: `codebook_fingerprint` (what does a code mean? stored in every checkpoint, because
 appended items leave it as it is), `catalogues` (whose items are rows 0..N-1? compared with a shard manifest) and `fingerprint`
 (is this exactly the same bundle?).
@@ -25,12 +25,13 @@ from safetensors.numpy import load_file, save
 from gpr_dist.config import build_config
 from gpr_dist.errors import GPRError, TokenizerError
 from gpr_dist.schema import write_atomic
+from gpr_dist.tokenizer.config import TokenizerConfig
 from gpr_dist.tokenizer.metrics import Groups, TokenizerReport, group_items, pack
-from gpr_dist.tokenizer.rq_kmeans import RQKMeansConfig, encode
+from gpr_dist.tokenizer.quantizer import Quantizer
 
 # N items  L levels  V codes per level  D embedding dim
 
-BUNDLE_VERSION = 1
+BUNDLE_VERSION = 2
 BUNDLE_FILE = "tokenizer.json"
 
 
@@ -39,20 +40,22 @@ class SemanticIds:
     """Codes of every item of a catalogue. Row i belongs to catalogue index i."""
 
     codes_NL: np.ndarray  # int32, each in [0, V); a read-only memory map after `load`
-    codebooks_LVD: np.ndarray  # float32
-    config: RQKMeansConfig
+    quantizer: Quantizer
     catalogues: tuple[str, ...]  # fingerprints of the catalogues whose items these rows are: as fitted, then after each append
     report: TokenizerReport | None = None  # as fitted; an append does not measure again
     attachments: Mapping[str, str] = field(default_factory=dict)  # role -> file name in the folder, e.g. the text encoder
     folder: Path | None = None  # where it was loaded from or saved to, for messages and attachments
 
     def __post_init__(self) -> None:
-        if self.codes_NL.ndim != 2 or self.codebooks_LVD.ndim != 3 or self.codes_NL.shape[1] != len(self.codebooks_LVD):
-            raise TokenizerError(f"{self._name}: codes {self.codes_NL.shape} and codebooks {self.codebooks_LVD.shape} "
-                                 "do not have shapes [N, L] and [L, V, D]")
+        if self.codes_NL.ndim != 2 or self.codes_NL.shape[1] != self.config.num_levels:
+            raise TokenizerError(f"{self._name}: codes {self.codes_NL.shape} do not have shape [N, {self.config.num_levels}]")
         if len(self.codes_NL) and not 0 <= self.codes_NL.min() <= self.codes_NL.max() < self.codebook_size:
             item = int(np.argmax(((self.codes_NL < 0) | (self.codes_NL >= self.codebook_size)).any(1)))
             raise TokenizerError(f"{self._name}: item {item} has codes {self.codes_NL[item].tolist()} outside [0, {self.codebook_size})")
+
+    @property
+    def config(self) -> TokenizerConfig:
+        return self.quantizer.config
 
     @property
     def num_items(self) -> int:
@@ -64,7 +67,7 @@ class SemanticIds:
 
     @property
     def codebook_size(self) -> int:
-        return self.codebooks_LVD.shape[1]
+        return self.config.codebook_size
 
     @property
     def catalogue_fingerprint(self) -> str:
@@ -73,14 +76,14 @@ class SemanticIds:
 
     @cached_property
     def codebook_fingerprint(self) -> str:
-        """16 hex digits of sha256 over the codebooks: what the codes mean. Checkpoints store this one."""
-        return _sha256(self.codebooks_LVD)
+        """Of the quantizer: what the codes mean. Checkpoints store this one."""
+        return self.quantizer.fingerprint
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of sha256 over codebooks, codes and settings; changes if any code of any item does."""
+        """16 hex digits of sha256 over quantizer, codes and settings; changes if any code of any item does."""
         settings = self.config.model_dump_json(exclude={"device"})
-        return _sha256(self.codebooks_LVD, self.codes_NL, settings.encode())
+        return _sha256(self.codebook_fingerprint.encode(), self.codes_NL, settings.encode())
 
     @cached_property
     def groups(self) -> Groups:
@@ -101,14 +104,6 @@ class SemanticIds:
         lo, hi = np.searchsorted(self.groups.keys_G, [first, first + span])
         return self.groups.items_N[self.groups.offsets_G1[lo]:self.groups.offsets_G1[hi]]
 
-    def encode(self, embeddings_ND: np.ndarray) -> np.ndarray:
-        """Codes int32 [N, L] of embeddings of the fitted kind. Raises: TokenizerError for a wrong dimension or values not finite."""
-        return encode(embeddings_ND, self.codebooks_LVD, self.config.device)
-
-    def reconstruct(self, codes_NL: np.ndarray) -> np.ndarray:
-        """Embeddings the codes stand for, Σ_l c^l_{z_l}: float32 [N, D]."""
-        return sum(self.codebooks_LVD[level][codes_NL[:, level]] for level in range(self.num_levels))
-
     def append(self, embeddings_ND: np.ndarray, catalogue_fingerprint: str) -> "SemanticIds":
         """A bundle that also covers new items, encoded with the codebooks as they are; codes of old items stay.
 
@@ -117,7 +112,7 @@ class SemanticIds:
             embeddings_ND: of the new items only, in catalogue order.
             catalogue_fingerprint: of the grown catalogue, whose first `num_items` rows must be the old ones (the caller's promise).
         """
-        codes_NL = np.concatenate([self.codes_NL, self.encode(embeddings_ND)])
+        codes_NL = np.concatenate([self.codes_NL, self.quantizer.encode(embeddings_ND)])
         return replace(self, codes_NL=codes_NL, catalogues=(*self.catalogues, catalogue_fingerprint))
 
     def check_catalogue(self, catalogue_fingerprint: str, where: str) -> None:
@@ -147,9 +142,9 @@ class SemanticIds:
     def _save(self, folder: Path) -> "SemanticIds":
         folder.mkdir(parents=True, exist_ok=True)
         old = _listed_files(folder)
-        codebooks = f"codebooks-{self.codebook_fingerprint}.safetensors"
+        quantizer = f"quantizer-{self.codebook_fingerprint}.safetensors"
         codes = f"codes-{self.fingerprint}.arrow"
-        write_atomic(folder / codebooks, save({"codebooks": np.ascontiguousarray(self.codebooks_LVD, np.float32)}))
+        write_atomic(folder / quantizer, save(self.quantizer.tensors()))
         _write_codes(folder / codes, self.codes_NL)
         content = {
             "bundle_version": BUNDLE_VERSION,
@@ -159,10 +154,10 @@ class SemanticIds:
             "num_items": self.num_items,
             "config": self.config.model_dump(mode="json"),
             "report": self.report.model_dump(mode="json") if self.report else None,
-            "codebooks": codebooks,
+            "quantizer": quantizer,
             "codes": codes,
             "attachments": dict(self.attachments),
-            "checksums": {name: _checksum(folder / name) for name in (codebooks, codes, *self.attachments.values())},
+            "checksums": {name: _checksum(folder / name) for name in (quantizer, codes, *self.attachments.values())},
         }
         content["checksum"] = _json_checksum(content)
         write_atomic(folder / BUNDLE_FILE, json.dumps(content, indent=1).encode())
@@ -184,8 +179,8 @@ class SemanticIds:
         report = content["report"]
         return cls(
             codes_NL=_read_codes(folder / content["codes"]),
-            codebooks_LVD=load_file(folder / content["codebooks"])["codebooks"],
-            config=build_config(RQKMeansConfig, content["config"], str(folder / BUNDLE_FILE)),
+            quantizer=Quantizer.from_tensors(build_config(TokenizerConfig, content["config"], str(folder / BUNDLE_FILE)),
+                                             load_file(folder / content["quantizer"]), str(folder / content["quantizer"])),
             catalogues=tuple(content["catalogues"]),
             report=build_config(TokenizerReport, report, str(folder / BUNDLE_FILE)) if report else None,
             attachments=content["attachments"],

@@ -16,7 +16,7 @@ from gpr_dist.data.sampler import World
 from gpr_dist.errors import DataError
 from gpr_dist.schema import Batch
 from gpr_dist.tokenizer.fit import fit_tokenizer
-from gpr_dist.tokenizer.rq_kmeans import RQKMeansConfig
+from gpr_dist.tokenizer.config import TokenizerConfig
 
 CODES = np.random.default_rng(0).integers(0, 32, (NUM_ITEMS, 3))
 CONFIG = LoaderConfig(seed=5, global_batch_size=24, num_streams=8, shuffle_rows=12, micro_batch_tokens=300)
@@ -78,7 +78,7 @@ def test_a_rank_reads_its_share_only(folder, world_size):
 
 def test_a_tokenizer_that_has_grown_reads_older_shards_and_a_smaller_one_does_not(folder):
     rng = np.random.default_rng(3)
-    bundle = fit_tokenizer(rng.normal(size=(NUM_ITEMS, 4)).astype(np.float32), RQKMeansConfig(codebook_size=8, device="cpu"), "c0ffee")
+    bundle = fit_tokenizer(rng.normal(size=(NUM_ITEMS, 4)).astype(np.float32), TokenizerConfig(codebook_size=8, device="cpu"), "c0ffee")
     grown = bundle.append(rng.normal(size=(7, 4)).astype(np.float32), "beef")
     assert grown.num_items == NUM_ITEMS + 7
     old, new = (next(iter(build_loader(folder, CONFIG, World(), ids.codes_NL, 4))).micro_batches for ids in (bundle, grown))

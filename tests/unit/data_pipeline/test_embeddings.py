@@ -20,7 +20,7 @@ from data_pipeline.tokenize_items import FitTokenizerConfig, append_items, build
 from gpr_dist.config import build_config
 from gpr_dist.errors import ConfigError, DataError, TokenizerError
 from gpr_dist.schema import JOURNEY_SCHEMA
-from gpr_dist.tokenizer.rq_kmeans import RQKMeansConfig
+from gpr_dist.tokenizer.config import TokenizerConfig
 from gpr_dist.tokenizer.semantic_ids import SemanticIds
 
 WORDS = ["milk", "bread", "cheese", "apple", "red", "green", "organic", "frozen", "fresh", "large", "small", "1", "2", "lb"]
@@ -207,7 +207,7 @@ def test_an_absent_encoder_names_its_extra(tmp_path, monkeypatch):
 
 def tokenizer_config(data: Path, **embedding) -> FitTokenizerConfig:
     return FitTokenizerConfig(data=data, out=data / "tokenizer", embedding=text_config(**embedding),
-                              tokenizer=RQKMeansConfig(codebook_size=8, device="cpu"))
+                              tokenizer=TokenizerConfig(codebook_size=8, device="cpu"))
 
 
 def test_catalogue_to_bundle_and_appended_items(tmp_path):
@@ -217,7 +217,7 @@ def test_catalogue_to_bundle_and_appended_items(tmp_path):
     bundle = build_tokenizer(config)
     loaded = SemanticIds.load(config.out)
     assert loaded.fingerprint == bundle.fingerprint and loaded.catalogues == ("c0ffee",) and loaded.num_items == 60
-    np.testing.assert_array_equal(loaded.encode(np.load(tmp_path / "embeddings.npy")), loaded.codes_NL)
+    np.testing.assert_array_equal(loaded.quantizer.encode(np.load(tmp_path / "embeddings.npy")), loaded.codes_NL)
     assert append_items(config).fingerprint == bundle.fingerprint  # nothing new
 
     write_catalogue(tmp_path, [*texts, texts[7], *make_texts(5, seed=9)], "decade")
@@ -251,7 +251,7 @@ def test_bundle_with_cooccurrence_encodes_new_items_by_their_content(tmp_path):
     bundle = build_tokenizer(config)
     vectors = np.load(tmp_path / "embeddings.npy")
     assert vectors.shape == (60, 11) and not vectors[50:, :5].any() and vectors[:50, :5].any(1).all()
-    np.testing.assert_array_equal(bundle.encode(vectors), bundle.codes_NL)
+    np.testing.assert_array_equal(bundle.quantizer.encode(vectors), bundle.codes_NL)
 
     write_catalogue(tmp_path, [*texts, texts[55]], "decade")
     grown = append_items(config)

@@ -10,8 +10,8 @@ from journeys_fixture import NUM_ITEMS, random_journeys, write_split
 
 from gpr_dist.data.eligibility import Eligibility
 from gpr_dist.job import PretrainConfig
+from gpr_dist.tokenizer.config import TokenizerConfig
 from gpr_dist.tokenizer.fit import fit_tokenizer
-from gpr_dist.tokenizer.rq_kmeans import RQKMeansConfig
 
 pretrain = launch_module("pretrain")
 
@@ -20,7 +20,7 @@ pretrain = launch_module("pretrain")
 def opened(tmp_path, monkeypatch):
     """`open_validation` of one rank on data in tmp_path; (call, log of what was done)."""
     embeddings = np.random.default_rng(0).normal(size=(NUM_ITEMS, 4)).astype(np.float32)
-    semantic_ids = fit_tokenizer(embeddings, RQKMeansConfig(codebook_size=8, device="cpu"), "c0ffee")
+    semantic_ids = fit_tokenizer(embeddings, TokenizerConfig(codebook_size=8, device="cpu"), "c0ffee")
     eligibility = Eligibility([], np.arange(NUM_ITEMS, dtype=np.int32), NUM_ITEMS)
     config = PretrainConfig(data={"folder": tmp_path / "data"}, run={"folder": tmp_path / "runs", "name": "r"})
     count, done = pretrain.save_popularity, []

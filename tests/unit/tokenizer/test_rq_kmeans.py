@@ -7,8 +7,12 @@ from sklearn.cluster import KMeans as ReferenceKMeans
 
 from gpr_dist.config import build_config
 from gpr_dist.errors import ConfigError, TokenizerError
-from gpr_dist.tokenizer import rq_kmeans
-from gpr_dist.tokenizer.rq_kmeans import RQKMeansConfig, encode, fit_codebooks, kmeans, nearest
+from gpr_dist.tokenizer import kmeans as kmeans_module
+from gpr_dist.tokenizer import quantizer, rq_kmeans
+from gpr_dist.tokenizer.config import TokenizerConfig
+from gpr_dist.tokenizer.fit import fit_quantizer
+from gpr_dist.tokenizer.kmeans import kmeans, nearest
+from gpr_dist.tokenizer.quantizer import Quantizer
 
 
 def clustered(num_items: int = 2000, dim: int = 8, num_clusters: int = 40, seed: int = 0) -> np.ndarray:
@@ -17,8 +21,23 @@ def clustered(num_items: int = 2000, dim: int = 8, num_clusters: int = 40, seed:
     return (centres[random.integers(num_clusters, size=num_items)] + 0.2 * random.normal(size=(num_items, dim))).astype(np.float32)
 
 
-def small(**settings) -> RQKMeansConfig:
-    return RQKMeansConfig(**{"num_levels": 3, "codebook_size": 16, "iterations": 20, "device": "cpu", **settings})
+def small(**settings) -> TokenizerConfig:
+    return TokenizerConfig(**{"num_levels": 3, "codebook_size": 16, "iterations": 20, "device": "cpu", **settings})
+
+
+def fit_codebooks(points: np.ndarray, config: TokenizerConfig) -> np.ndarray:
+    """The codebooks in the space of the points."""
+    fitted = fit_quantizer(points, config)
+    codebooks = fitted.codebooks_LVK.detach().cpu().numpy() * fitted.scale.numpy()
+    codebooks[0] += fitted.mean_D.numpy()
+    return codebooks
+
+
+def encode(points: np.ndarray, codebooks: np.ndarray, device: str) -> np.ndarray:
+    config = TokenizerConfig(num_levels=codebooks.shape[0], codebook_size=codebooks.shape[1], device=device)
+    made = Quantizer(config, codebooks.shape[2])
+    made.codebooks_LVK.data.copy_(torch.from_numpy(codebooks))
+    return made.encode(points)
 
 
 def fit_kmeans(points: np.ndarray, num_codes: int, seed: int = 0, iterations: int = 100):
@@ -32,7 +51,7 @@ def squared_distances(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 def test_nearest_is_the_brute_force_minimum_also_far_from_the_origin(offset, monkeypatch):
-    monkeypatch.setitem(rq_kmeans._SCORES, "cpu", 512)  # several chunks
+    monkeypatch.setitem(kmeans_module._SCORES, "cpu", 512)  # several chunks
     points, centroids = clustered() + np.float32(offset), clustered(30, seed=1) + np.float32(offset)
     codes, distances = nearest(torch.from_numpy(points), torch.from_numpy(centroids))
     expected = squared_distances(points, centroids)
@@ -54,7 +73,7 @@ def test_inertia_never_increases_and_is_no_worse_than_scikit_learn(seed, num_clu
 def test_inertia_never_increases_when_clusters_run_empty(monkeypatch):
     points = clustered()
     bad_start = np.concatenate([points[:2], np.full((18, points.shape[1]), 50, np.float32) + points[:18]])
-    monkeypatch.setattr(rq_kmeans, "_plus_plus", lambda *_: torch.from_numpy(bad_start))
+    monkeypatch.setattr(kmeans_module, "_plus_plus", lambda *_: torch.from_numpy(bad_start))
     result = fit_kmeans(points, 20)
     assert np.all(np.diff(result.inertia) <= 0)
     codes, _ = nearest(torch.from_numpy(points), result.centroids_VD)
@@ -70,7 +89,7 @@ def test_weights_stand_for_repeated_points():
     np.testing.assert_array_equal(distinct[order], points[expected])
     np.testing.assert_array_equal(counted[order], weights[expected])
     codes = torch.from_numpy(np.random.default_rng(1).integers(7, size=len(points)))
-    sums, mass = rq_kmeans._cluster_sums(torch.from_numpy(points), torch.from_numpy(weights).float(), codes, 7)
+    sums, mass = kmeans_module._cluster_sums(torch.from_numpy(points), torch.from_numpy(weights).float(), codes, 7)
     codes_repeated = np.repeat(codes.numpy(), weights)
     for code in range(7):
         np.testing.assert_allclose(sums[code], repeated[codes_repeated == code].sum(0, dtype=np.float64), rtol=1e-5, atol=1e-6)
@@ -78,7 +97,7 @@ def test_weights_stand_for_repeated_points():
 
 
 def test_encode_follows_the_residual_law_level_by_level(monkeypatch):
-    monkeypatch.setattr(rq_kmeans, "_READ_ROWS", 300)
+    monkeypatch.setattr(quantizer, "READ_ROWS", 300)
     points = clustered()
     codebooks = fit_codebooks(points, small())
     codes = encode(points, codebooks, "cpu")
@@ -161,9 +180,9 @@ def test_wrong_shapes_are_refused():
 
 def test_settings_that_cannot_work_are_refused():
     with pytest.raises(ConfigError, match="63"):
-        build_config(RQKMeansConfig, {"num_levels": 6, "codebook_size": 2048}, "test")
+        build_config(TokenizerConfig, {"num_levels": 6, "codebook_size": 2048}, "test")
     with pytest.raises(ConfigError, match="method"):
-        build_config(RQKMeansConfig, {"method": "kmeans"}, "test")
+        build_config(TokenizerConfig, {"method": "kmeans"}, "test")
     with pytest.raises(TokenizerError, match="abacus"):
         fit_codebooks(clustered(), small(device="abacus"))
 

@@ -5,11 +5,20 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+import torch
 
 from gpr_dist.tokenizer import metrics
+from gpr_dist.tokenizer.config import TokenizerConfig
 from gpr_dist.tokenizer.metrics import format_report, group_items, measure, pairwise_similarity
+from gpr_dist.tokenizer.quantizer import Quantizer
 
 NUM_CODES = 4
+
+
+def quantizer_of(codebooks: np.ndarray) -> Quantizer:
+    made = Quantizer(TokenizerConfig(num_levels=codebooks.shape[0], codebook_size=codebooks.shape[1]), codebooks.shape[2])
+    made.codebooks_LVK.data.copy_(torch.from_numpy(codebooks))
+    return made
 
 
 @pytest.fixture
@@ -29,7 +38,7 @@ def cosine(a, b):
 
 def test_report_equals_brute_force(catalogue):
     embeddings, codes, codebooks = catalogue
-    report = measure(embeddings, codes, codebooks)
+    report = measure(embeddings, codes, quantizer_of(codebooks))
     counts = Counter(map(tuple, codes.tolist()))
     assert report.num_items == 200 and report.num_distinct == len(counts)
     assert report.collision == pytest.approx(1 - len(counts) / 200)
@@ -48,9 +57,9 @@ def test_report_equals_brute_force(catalogue):
 
 
 def test_chunks_do_not_change_the_numbers(catalogue, monkeypatch):
-    whole = measure(*catalogue)
+    whole = measure(*catalogue[:2], quantizer_of(catalogue[2]))
     monkeypatch.setattr(metrics, "_READ_ROWS", 7)
-    chunked = measure(*catalogue)
+    chunked = measure(*catalogue[:2], quantizer_of(catalogue[2]))
     assert chunked.pas == pytest.approx(whole.pas)
     np.testing.assert_allclose(chunked.reconstruction_error, whole.reconstruction_error, rtol=1e-6)
 
@@ -78,7 +87,7 @@ def test_groups_are_a_partition_in_the_order_of_the_codes(catalogue):
 
 def test_items_all_alone_have_no_similarity():
     codes = np.arange(8)[:, None].astype(np.int32)
-    report = measure(np.eye(8, dtype=np.float32), codes, np.eye(8, dtype=np.float32)[None])
+    report = measure(np.eye(8, dtype=np.float32), codes, quantizer_of(np.eye(8, dtype=np.float32)[None]))
     assert (report.collision, report.not_alone_frac, report.largest_group, report.pas) == (0, 0, 1, None)
     assert report.reconstruction_error == (0.0,) and report.entropy_bits == (3.0,)
     assert "none collide" in format_report(report)
