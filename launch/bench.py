@@ -2,12 +2,16 @@
 
 import sys
 
-from bench_loader import LoaderBenchConfig, run_bench
+import bench_loader
+import bench_tokenizer
 
 from gpr_dist.config import parse_cli, to_yaml
 from gpr_dist.errors import ConfigError, run_cli
 
-COMMANDS = {"loader": (LoaderBenchConfig, run_bench, "rows/s and MB/s of the streaming loader beside other loaders")}
+COMMANDS = {
+    "loader": (bench_loader.LoaderBenchConfig, bench_loader.run_bench, "rows/s and MB/s of the streaming loader beside other loaders"),
+    "tokenizer": (bench_tokenizer.TokenizerBenchConfig, bench_tokenizer.run_bench, "fit and encode speed beside other residual quantizers"),
+}
 
 
 def main() -> None:
