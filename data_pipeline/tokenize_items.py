@@ -84,6 +84,34 @@ def append_items(config: FitTokenizerConfig) -> SemanticIds:
     return replace(bundle.append(embeddings_ND[old:], catalogue.fingerprint), attachments=attachments).save(config.out)
 
 
+def common_items(old: SemanticIds, new: SemanticIds, data: Path) -> int:
+    """How many items two bundles share: rows 0 .. n-1 of both are the same items.
+
+    Args: data: data folder whose catalogue `new` encodes; read only when the bundles name different catalogues.
+    Raises: TokenizerError when that cannot be shown: one catalogue must continue the other.
+    """
+    num_common = min(old.num_items, new.num_items)
+    if old.catalogue_fingerprint in new.catalogues or new.catalogue_fingerprint in old.catalogues:
+        return num_common
+    saved = [_saved_item_ids(bundle) for bundle in (old, new)]
+    if old.num_items == new.num_items and saved[0] == saved[1] is not None:
+        return num_common
+    catalogue = open_catalogue(data)
+    if new.catalogue_fingerprint == catalogue.fingerprint and old.num_items <= catalogue.num_items and \
+            saved[0] == _item_ids_checksum(catalogue_table(catalogue), old.num_items):
+        return num_common
+    raise TokenizerError(f"tokenizers {old.folder} ({old.num_items} items of catalogue {old.catalogue_fingerprint}) and {new.folder} "
+                         f"({new.num_items} of {new.catalogue_fingerprint}) do not encode the same items: {data}/catalogue does not "
+                         "continue the old one; codes can only be matched through items that both have")
+
+
+def _saved_item_ids(bundle: SemanticIds) -> str | None:
+    """Checksum of the item ids that the bundle covers, as noted when they were encoded."""
+    if bundle.folder is None or PROVENANCE not in bundle.attachments:
+        return None
+    return json.loads((bundle.folder / bundle.attachments[PROVENANCE]).read_text())["item_ids"]
+
+
 def _embed(catalogue: Catalogue, config: FitTokenizerConfig, text_svd: TextSVD | None, out: Path,
            behaviour: tuple[np.ndarray, np.ndarray] | None) -> np.ndarray:
     """The vectors the codes are made of, in `out`; without `behaviour` every item is as one that no journey shows."""
