@@ -44,6 +44,8 @@ class TokenizerConfig(Config):
     """a level stops when one iteration lowers its squared error by less than this share"""
     max_fit_items: int = Field(1_000_000, ge=2)
     """items the codebooks are fitted on, drawn at random when the catalogue has more; every item is encoded"""
+    fit_memory_gb: float = Field(8.0, gt=0)
+    """GiB of fit items one process keeps in memory (of the GPU, on one); a larger share is read again from the map at every pass"""
     rq_vae: RQVAEConfig = RQVAEConfig()
     """of the RQ-VAE stage"""
     seed: int = 0

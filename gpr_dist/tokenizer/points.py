@@ -1,0 +1,172 @@
+"""The embeddings a tokenizer is fitted on: a sample of a memory map of any length, in fixed blocks, spread over the processes.
+
+Owns reading (npy, Arrow), the sample, the check that values are finite, the normalisation, and what is held in memory. Blocks and
+their contents do not depend on the number of processes or on the memory; what is computed of them is kmeans.py's and rq_vae.py's.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from gpr_dist.errors import TokenizerError
+from gpr_dist.tokenizer.collective import exact_sum, share, together
+from gpr_dist.tokenizer.config import TokenizerConfig
+
+# N items  F fit rows: the sample, in catalogue order  B blocks of this process  n rows of a block  D embedding dim
+
+BLOCK_ROWS = 8192
+"""fit rows of a block; a power of two, so that every block begins at an aligned address"""
+_LARGEST = 1e30  # squares of sums must stay finite in float32
+
+
+class ArrowRows:
+    """A fixed-size-list column of a memory-mapped Arrow file, read like a [N, D] array: by slice and by row numbers."""
+
+    def __init__(self, path: str | Path, column: str = "embedding") -> None:
+        """Raises: TokenizerError when the file or the column cannot be used, e.g. for a row without a vector."""
+        try:
+            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+            chunks = [chunk for chunk in table[column].chunks if len(chunk)]
+        except (OSError, pa.ArrowInvalid, KeyError) as error:
+            raise TokenizerError(f"{path}: column {column!r} cannot be read ({error}); give an Arrow IPC file with it") from None
+        if not chunks or not pa.types.is_fixed_size_list(kind := chunks[0].type) or not pa.types.is_floating(kind.value_type):
+            raise TokenizerError(f"{path}: column {column!r} is {table[column].type}, expected a fixed_size_list of floats with rows in it")
+        if any(chunk.null_count or chunk.flatten().null_count for chunk in chunks):
+            raise TokenizerError(f"{path}: column {column!r} has rows without a vector; give every item one")
+        self._chunks = [chunk.flatten().to_numpy(zero_copy_only=True).reshape(len(chunk), kind.list_size) for chunk in chunks]
+        self._ends = np.cumsum([len(chunk) for chunk in self._chunks])
+        self.shape, self.dtype, self.ndim = (int(self._ends[-1]), kind.list_size), self._chunks[0].dtype, 2
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        if isinstance(rows, slice):
+            lo, hi, step = rows.indices(len(self))
+            chunk = int(np.searchsorted(self._ends, lo, side="right"))
+            if step == 1 and lo < hi <= self._ends[chunk]:  # within one chunk: no copy
+                first = self._ends[chunk] - len(self._chunks[chunk])
+                return self._chunks[chunk][lo - first:hi - first]
+            rows = np.arange(lo, hi, step)
+        rows_n = np.asarray(rows)
+        out_nD = np.empty((len(rows_n), self.shape[1]), self.dtype)
+        chunk_n = np.searchsorted(self._ends, rows_n, side="right")
+        for chunk in np.unique(chunk_n):
+            here = chunk_n == chunk
+            out_nD[here] = self._chunks[chunk][rows_n[here] - (self._ends[chunk] - len(self._chunks[chunk]))]
+        return out_nD
+
+
+def open_embeddings(path: str | Path, column: str = "embedding") -> np.ndarray | ArrowRows:
+    """Memory-map [N, D] embeddings: a .npy, or the fixed-size-list column of an Arrow file. Raises: TokenizerError."""
+    if Path(path).suffix != ".npy":
+        return ArrowRows(path, column)
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path} cannot be read ({error}); give a .npy of [items, dim]") from None
+
+
+class Points:
+    """The normalised fit rows. Every process makes one with the same arguments and owns a contiguous run of its blocks.
+
+    Attributes:
+        num_rows: fit rows (F) of all processes together.
+        dim: D.
+        mean_D, scale: float32; points are (embedding - mean) / scale: mean 0 and mean variance 1 over the fit rows, see
+            Quantizer.normalise. The same bits on every process, whatever their number.
+        held: whether this process's rows are in (GPU) memory, else they are read again from the map at every pass.
+    """
+
+    def __init__(self, embeddings_ND: np.ndarray | ArrowRows, config: TokenizerConfig, device: torch.device) -> None:
+        """Draw the sample and read it once. Raises: TokenizerError, the same on every process, for unusable embeddings."""
+        if embeddings_ND.ndim != 2 or 0 in embeddings_ND.shape:
+            raise TokenizerError(f"embeddings have shape {embeddings_ND.shape}; expected [items, dim], neither of them 0")
+        self._embeddings_ND, self.device = embeddings_ND, device
+        num_items, self.dim = embeddings_ND.shape
+        self._rows_F = None  # all
+        if num_items > config.max_fit_items:
+            self._rows_F = np.random.default_rng(config.seed).choice(num_items, config.max_fit_items, replace=False, shuffle=False)
+            self._rows_F.sort()  # a memory map is read front to back
+        self.num_rows = min(num_items, config.max_fit_items)
+        blocks = share(-(-self.num_rows // BLOCK_ROWS))
+        self._lo, self._hi = blocks.start * BLOCK_ROWS, min(blocks.stop * BLOCK_ROWS, self.num_rows)
+        self.held = (self._hi - self._lo) * self.dim * 4 <= config.fit_memory_gb * 2**30
+        self._held_FD = torch.empty(self._hi - self._lo, self.dim, device=device) if self.held else None
+        self.mean_D, self.scale = self._normalisation()
+        if self.held:
+            for lo in range(0, len(self._held_FD), BLOCK_ROWS):
+                self._held_FD[lo:lo + BLOCK_ROWS] = self._normalise(self._held_FD[lo:lo + BLOCK_ROWS])
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """This process's blocks in order: number of the first fit row, and the points float32 [n, D] on the device; read-only."""
+        for lo in range(self._lo, self._hi, BLOCK_ROWS):
+            hi = min(lo + BLOCK_ROWS, self._hi)
+            if self.held:
+                yield lo, self._held_FD[lo - self._lo:hi - self._lo]
+            else:
+                yield lo, self._normalise(self._read(slice(lo, hi)))
+
+    def take(self, rows_n: np.ndarray | Tensor) -> Tensor:
+        """Points of any fit rows, also of other processes' (from the map): float32 [n, D] on the device.
+
+        Args: rows_n: int64 in [0, num_rows), in any order. Ascending rows are read fastest.
+        """
+        rows_n = torch.as_tensor(rows_n, dtype=torch.int64).cpu()
+        here_n = (rows_n >= self._lo) & (rows_n < self._hi)
+        if self.held and bool(here_n.all()):
+            return self._held_FD[(rows_n - self._lo).to(self.device)]
+        points_nD = torch.empty(len(rows_n), self.dim, device=self.device)
+        if self.held:
+            points_nD[here_n.to(self.device)] = self._held_FD[(rows_n[here_n] - self._lo).to(self.device)]
+        missing_n = ~here_n if self.held else torch.ones_like(here_n)
+        points_nD[missing_n.to(self.device)] = self._normalise(self._read(rows_n[missing_n].numpy()))
+        return points_nD
+
+    def _read(self, fit_rows: slice | np.ndarray) -> Tensor:
+        """Embeddings as they are, float32 on the device. Raises: TokenizerError for a value that is not finite."""
+        items = fit_rows if self._rows_F is None else self._rows_F[fit_rows]
+        stored_nD = self._embeddings_ND[items]
+        rows_nD = torch.empty(stored_nD.shape, dtype=torch.float32)  # aligned, as numpy's memory need not be
+        rows_nD.numpy()[:] = stored_nD
+        good_n = rows_nD.abs().amax(1) <= _LARGEST  # also false for NaN
+        if not bool(good_n.all()):
+            bad = int(good_n.int().argmin())
+            item = items.start + bad if isinstance(items, slice) else items[bad]
+            raise TokenizerError(f"embedding of item {item} is not finite or beyond ±{_LARGEST:g} ({int((~good_n).sum())} of "
+                                 f"{len(good_n)} rows read with it); repair the embeddings")
+        return rows_nD.to(self.device)
+
+    def _normalise(self, rows_nD: Tensor) -> Tensor:
+        return (rows_nD - self.mean_D) / self.scale
+
+    def _normalisation(self) -> tuple[Tensor, Tensor]:
+        """One pass: mean and scale, order-independent; fills what is held, not normalised yet."""
+        sums_BD, squares_B = [], []
+        with together():
+            # any row near the data keeps the sums of squares from cancelling when they are far from the origin
+            shift_D = self._read(slice(0, 1))[0].double()
+            with tqdm(total=self._hi - self._lo, desc="read embeddings", unit="item", unit_scale=True, mininterval=0.5) as bar:
+                for lo in range(self._lo, self._hi, BLOCK_ROWS):
+                    rows_nD = self._read(slice(lo, min(lo + BLOCK_ROWS, self._hi)))
+                    if self.held:
+                        self._held_FD[lo - self._lo:lo - self._lo + len(rows_nD)] = rows_nD
+                    shifted_nD = rows_nD - shift_D
+                    sums_BD.append(shifted_nD.sum(0))
+                    squares_B.append(shifted_nD.square_().sum())
+                    bar.update(len(rows_nD))
+        empty = torch.zeros(0, self.dim, dtype=torch.float64, device=self.device)
+        summed_D = exact_sum(torch.stack(sums_BD) if sums_BD else empty) / self.num_rows
+        squares = exact_sum(torch.stack(squares_B) if squares_B else empty[:, 0]) / self.num_rows
+        variance = float((squares - summed_D.square().sum()) / self.dim)
+        mean_D = (shift_D + summed_D).float()
+        # what rounding leaves of a constant must not be blown up to variance 1
+        relative = variance / max(float(mean_D.double().square().mean()), 1e-300)
+        scale = variance ** 0.5 if relative > 1e-13 else 1.0
+        return mean_D, torch.tensor(scale, dtype=torch.float32, device=self.device)
+
