@@ -10,6 +10,7 @@ import numpy as np
 
 from gpr_dist.config import Config
 from gpr_dist.tokenizer.quantizer import Quantizer
+from gpr_dist.tokenizer.residuals import measure_residuals
 
 # N items  L levels  V codes per level  D embedding dim  G groups: distinct semantic IDs, in the order of their packed keys
 
@@ -45,6 +46,12 @@ class TokenizerReport(Config):
     """mean cosine similarity of the item pairs that share a semantic ID (Table 1); none when no two items do"""
     reconstruction_error: tuple[float, ...]
     """squared error left after the level / squared distance of the embeddings to their mean (0 = exact, 1 = no better than the mean)"""
+    variance: float
+    """mean squared distance of the embeddings to their mean; with the next two, what a drift report compares later items with"""
+    error_std: tuple[float, ...]
+    """standard deviation over the items of squared error / variance"""
+    distance_quantiles: tuple[tuple[float, ...], ...]
+    """residuals.QUANTILES of the items' distances to their nearest code of the level"""
 
 
 def measure(embeddings_ND: np.ndarray, codes_NL: np.ndarray, quantizer: Quantizer) -> TokenizerReport:
@@ -53,6 +60,7 @@ def measure(embeddings_ND: np.ndarray, codes_NL: np.ndarray, quantizer: Quantize
     groups = group_items(codes_NL, codebook_size)
     sizes_G = np.diff(groups.offsets_G1)
     usage_LV = code_usage(codes_NL, codebook_size)
+    residuals = measure_residuals(embeddings_ND, codes_NL, quantizer)
     return TokenizerReport(
         num_items=len(codes_NL),
         num_distinct=len(sizes_G),
@@ -62,7 +70,10 @@ def measure(embeddings_ND: np.ndarray, codes_NL: np.ndarray, quantizer: Quantize
         cur=tuple(float(x) for x in (usage_LV > 0).mean(1)),
         entropy_bits=tuple(float(x) for x in entropy_bits(usage_LV)),
         pas=pairwise_similarity(embeddings_ND, groups),
-        reconstruction_error=tuple(float(x) for x in reconstruction_error(embeddings_ND, codes_NL, quantizer)),
+        reconstruction_error=tuple(residuals.error_L.tolist()),
+        variance=residuals.variance,
+        error_std=tuple(residuals.error_std_L.tolist()),
+        distance_quantiles=tuple(map(tuple, residuals.distance_LQ.tolist())),
     )
 
 
@@ -121,24 +132,6 @@ def pairwise_similarity(embeddings_ND: np.ndarray, groups: Groups, max_items: in
         total += float((np.square(summed_GD).sum(1) - ones_G).sum() / 2)
         num_pairs += int((sizes * (sizes - 1) // 2).sum())
     return total / num_pairs if num_pairs else None
-
-
-def reconstruction_error(embeddings_ND: np.ndarray, codes_NL: np.ndarray, quantizer: Quantizer) -> np.ndarray:
-    """Share of the embeddings' variance left after each level, Σ‖e - ê_l‖² / Σ‖e - mean‖²: float64 [L], 0 if there is none.
-
-    ê_l is what the first l codes stand for: the sum of their centroids, through the decoder where there is one.
-    """
-    num_levels = codes_NL.shape[1]
-    left_L, squared, summed_D = np.zeros(num_levels), 0.0, np.zeros(embeddings_ND.shape[1])
-    for lo in range(0, len(embeddings_ND), _READ_ROWS):
-        rows_nD = np.array(embeddings_ND[lo:lo + _READ_ROWS], np.float32)
-        squared += float(np.square(rows_nD, dtype=np.float64).sum())
-        summed_D += rows_nD.sum(0, dtype=np.float64)
-        for level in range(num_levels):
-            error_nD = rows_nD - quantizer.reconstruct(codes_NL[lo:lo + _READ_ROWS], level + 1)
-            left_L[level] += float(np.square(error_nD).sum(dtype=np.float64))
-    variance = squared - float(np.square(summed_D).sum()) / len(embeddings_ND)
-    return left_L / variance if variance > 0 else left_L
 
 
 def format_report(report: TokenizerReport) -> str:

@@ -1,0 +1,88 @@
+"""Reports for people: `python launch/report.py COMMAND [--config FILE] [--strict] [key=value ...]`; each command has its own `--help`.
+
+Each prints a text table and writes JSON and one HTML page that needs no network. With --strict an alarm makes the exit code 1.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field
+
+from data_pipeline.tokenize_items import FitTokenizerConfig, catalogue_table, open_catalogue
+from gpr_dist.config import Config, parse_cli, to_yaml
+from gpr_dist.data.counts import count_ads
+from gpr_dist.data.reader import ShardReader
+from gpr_dist.data.sampler import World
+from gpr_dist.errors import ConfigError, run_cli
+from gpr_dist.html import Alarm
+from gpr_dist.tokenizer.report import ReportConfig, read_embeddings, read_items
+from gpr_dist.tokenizer.report_page import format_text, write_report
+from gpr_dist.tokenizer.semantic_ids import SemanticIds
+
+DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs/tokenizer/complete_journey.yaml"
+
+
+class TokenizerReportConfig(FitTokenizerConfig):
+    """The settings of launch/fit_tokenizer.py, and what the report does with its bundle."""
+
+    embeddings: Path | None = None
+    """.npy of the items' embeddings; none = embeddings.npy of the data folder, and if that is not there the report goes without"""
+    report: ReportConfig = ReportConfig()
+    """alarm thresholds"""
+    report_folder: Path | None = None
+    """where report.json and report.html go; none = the bundle's folder"""
+    max_shown_tokens: int = Field(20_000_000, ge=0)
+    """training tokens read to count how often each ad was shown, an even choice of the record batches; 0 = do not count"""
+
+
+def report_tokenizer(config: TokenizerReportConfig) -> tuple[Alarm, ...]:
+    """Measure a bundle on its catalogue. Returns: its alarms."""
+    bundle = SemanticIds.load(config.out)
+    catalogue = open_catalogue(config.data)
+    bundle.check_catalogue(catalogue.fingerprint, str(catalogue.folder))
+    default = config.data / "embeddings.npy"
+    embeddings_ND = read_embeddings(config.embeddings or default) if config.embeddings or default.exists() else None
+    shown_N = count_shown(config.data / "shards" / "train", bundle, config.max_shown_tokens)
+    folder = config.report_folder or config.out
+    report = write_report(folder, bundle, embeddings_ND, read_items(catalogue_table(catalogue)), config.report, shown_N)
+    if embeddings_ND is None:
+        print(f"no {default}: error, PAS and identical embeddings are not measured; give embeddings=FILE")
+    print(f"{format_text(report)}\n{folder / 'report.html'}")
+    return report.alarms
+
+
+def count_shown(shards: Path, bundle: SemanticIds, max_tokens: int) -> np.ndarray | None:
+    """Times each ad was shown in (a part of) the training journeys; none without them."""
+    if not max_tokens or not (shards / "manifest.json").is_file():
+        return None
+    reader = ShardReader(shards)
+    bundle.check_catalogue(reader.manifest.catalogue_fingerprint, str(shards))
+    return count_ads(reader, World(0, max(1, -(-reader.manifest.num_tokens // max_tokens))), bundle.num_items)
+
+
+COMMANDS: dict[str, tuple[type[Config], Path | None, Callable, str]] = {
+    "tokenizer": (TokenizerReportConfig, DEFAULT_CONFIG, report_tokenizer, "quality of a tokenizer bundle on its catalogue, with alarms"),
+}
+
+
+def main() -> int:
+    """Run the command named first."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print(__doc__, *(f"  {command:10} {text}" for command, (*_, text) in COMMANDS.items()), sep="\n")
+        return 0
+    if name not in COMMANDS:
+        raise ConfigError(f"unknown report {name!r}; there is: {', '.join(COMMANDS)}")
+    config_class, default, run, text = COMMANDS[name]
+    config, args = parse_cli(config_class, text, default, sys.argv[2:], {"--strict": "exit code 1 when there is an alarm"})
+    if args.dry_run:
+        print(to_yaml(config), end="")
+        return 0
+    alarms = run(config)
+    return 1 if alarms and args.strict else 0
+
+
+if __name__ == "__main__":
+    run_cli(main)
