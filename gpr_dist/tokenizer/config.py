@@ -23,10 +23,14 @@ class RQVAEConfig(Config):
     """passes over the fit items"""
     batch_size: int = Field(2048, ge=1)
     """items per step over all processes"""
+    micro_batch_size: int = Field(512, ge=1)
+    """items whose gradient one process computes at once; with fewer micro-batches in a batch than processes, some have nothing to do"""
     lr: float = Field(1e-3, gt=0)
     """peak learning rate of AdamW, decayed to zero by a cosine"""
     weight_decay: float = Field(0.0, ge=0)
     """of the encoder and the decoder; codebooks have none"""
+    restart_epochs: int = Field(5, ge=0)
+    """a code that no item got for this many epochs restarts at an item its level serves badly; 0 = never"""
 
 
 class TokenizerConfig(Config):

@@ -28,7 +28,7 @@ class Quantizer(nn.Module):
     """Embeddings to codes and back. Parameters are read-only once fitted; `codebooks_LVK` are what the codes mean."""
 
     def __init__(self, config: TokenizerConfig, dim: int) -> None:
-        """Args: dim: of the embeddings. Everything starts as zero or random and is set by the fit or by `from_tensors`."""
+        """Args: dim: of the embeddings. Zero, or random from `config.seed`, until the fit or `from_tensors` sets it."""
         super().__init__()
         self.config, self.dim = config, dim
         latent_dim = (config.rq_vae.latent_dim or dim) if config.method == "rq_vae" else dim
@@ -38,7 +38,9 @@ class Quantizer(nn.Module):
         self.encoder = self.decoder = None
         if config.method != "rq_kmeans":
             widths = (dim, *config.rq_vae.hidden, latent_dim)
-            self.encoder, self.decoder = _mlp(widths), _mlp(widths[::-1])
+            with torch.random.fork_rng(devices=()):
+                torch.default_generator.manual_seed(config.seed)
+                self.encoder, self.decoder = _mlp(widths), _mlp(widths[::-1])
             if self.residual:
                 for mlp in (self.encoder, self.decoder):
                     nn.init.zeros_(mlp[-1].weight)
