@@ -80,7 +80,7 @@ def save(engine: Engine, run: Path, step: int, state: dict[str, Any]) -> Path:
         problem = _try(lambda: write_atomic(folder / "state.json", json.dumps(document, indent=1).encode()))
     _raise_together(engine, problem, folder)
     if engine.rank == 0:  # all files of all ranks are on disk: commit
-        problem = _try(lambda: _commit(folder, engine.world_size))
+        problem = _try(lambda: commit(folder, engine.world_size))
     _raise_together(engine, problem, folder)
     return folder
 
@@ -106,10 +106,10 @@ def load(engine: Engine, folder: Path, expected: dict[str, str]) -> Restored:
     """Fill the engine from one complete checkpoint (collective). Raises: CheckpointError on any mismatch, before anything changes."""
     state = read_state(folder)
     _check(state, engine, expected, folder)
-    ranges, files = _read_manifest(folder)["ranges"], {}
+    ranges, files = read_manifest(folder)["ranges"], {}
     for shard in engine.loadable_shards():
         for key, target in shard.tensors.items():
-            _fill(target, shard.lo, shard.hi, ranges.get(shard.name, []), files, folder, shard.name, key)
+            read_range(target, shard.lo, shard.hi, ranges.get(shard.name, []), files, folder, shard.name, key)
     engine.finish_loading(state["optimizer_step"])
     rng_file = folder / rank_file(engine.rank)
     if rng_file.exists():  # on more ranks than before the new ones keep their seed: dropout differs, rows and weights do not
@@ -129,7 +129,7 @@ def list_steps(run: Path) -> list[Path]:
 def verify(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     """Check a checkpoint's files against its manifest; with `parts` ranks each reads its share. Returns: what is wrong, or None."""
     try:
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
     except FileNotFoundError:
         return "it has no manifest.json: the save was interrupted"
     except (OSError, ValueError) as error:
@@ -140,7 +140,7 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != entry["num_bytes"]:
             return f"{name} has {path.stat().st_size} bytes, expected {entry['num_bytes']}"
-        if number % parts == part and _checksum(path) != entry["xxh3_128"]:
+        if number % parts == part and checksum(path) != entry["xxh3_128"]:
             return f"{name} was altered: its checksum is not the one in the manifest"
     return None
 
@@ -179,10 +179,10 @@ def rank_file(rank: int) -> str:
 def iter_weights(folder: Path) -> Any:
     """Yield (name, float32 tensor in its shape) one parameter at a time, from a checkpoint of any world size; for export and evaluation."""
     state = read_state(folder)
-    ranges, files = _read_manifest(folder)["ranges"], {}
+    ranges, files = read_manifest(folder)["ranges"], {}
     for name, shape in state["shapes"].items():
         whole = torch.empty(math.prod(shape))
-        _fill(whole, 0, whole.numel(), ranges.get(name, []), files, folder, name, "param")
+        read_range(whole, 0, whole.numel(), ranges.get(name, []), files, folder, name, "param")
         yield name, whole.view(shape)
 
 
@@ -193,16 +193,17 @@ def _write_rank_file(engine: Engine, folder: Path) -> None:
     for shard in engine.state_shards():
         ranges.append((shard.name, shard.lo, shard.hi))
         for key, view in shard.tensors.items():
-            tensors[_key(shard.name, key, shard.lo, shard.hi)] = view.detach().float().cpu().clone()  # the views share storage
+            tensors[tensor_name(shard.name, key, shard.lo, shard.hi)] = view.detach().float().cpu().clone()  # the views share storage
     path = folder / rank_file(engine.rank)
     save_file(tensors, path)
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
-    note = {"num_bytes": path.stat().st_size, "xxh3_128": _checksum(path), "ranges": ranges}
+    note = {"num_bytes": path.stat().st_size, "xxh3_128": checksum(path), "ranges": ranges}
     write_atomic(path.with_suffix(".json"), json.dumps(note).encode())
 
 
-def _commit(folder: Path, world_size: int) -> None:
+def commit(folder: Path, world_size: int) -> None:
+    """Write manifest.json from the notes beside the ranks' files; from then on the folder is a checkpoint."""
     files, ranges = {}, {}
     for rank in range(world_size):
         note_path = (folder / rank_file(rank)).with_suffix(".json")
@@ -212,7 +213,7 @@ def _commit(folder: Path, world_size: int) -> None:
         files[rank_file(rank)] = note
         note_path.unlink()
     state = folder / "state.json"
-    files["state.json"] = {"num_bytes": state.stat().st_size, "xxh3_128": _checksum(state)}
+    files["state.json"] = {"num_bytes": state.stat().st_size, "xxh3_128": checksum(state)}
     manifest = {"files": files, "ranges": ranges}
     write_atomic(folder / "manifest.json", json.dumps({**manifest, "xxh3_128": _manifest_checksum(manifest)}).encode())
 
@@ -221,7 +222,7 @@ def _manifest_checksum(manifest: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(manifest).encode())
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
     """Files and ranges. Raises: OSError; ValueError when anything in it was altered."""
     manifest = json.loads((folder / "manifest.json").read_text())
     if manifest.pop("xxh3_128", None) != _manifest_checksum(manifest):
@@ -229,11 +230,13 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _key(name: str, state: str, lo: int, hi: int) -> str:
+def tensor_name(name: str, state: str, lo: int, hi: int) -> str:
+    """Of one range of one state of a parameter, in a rank's file."""
     return f"{name}|{state}|{lo}|{hi}"
 
 
-def _checksum(path: Path) -> str:
+def checksum(path: Path) -> str:
+    """xxh3_128 of a file, in hex."""
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 22):
@@ -241,15 +244,20 @@ def _checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _fill(target: torch.Tensor, lo: int, hi: int, ranges: list[tuple[int, int, str]], files: dict[str, Any], folder: Path, name: str,
-          state: str) -> None:
+def read_range(target: torch.Tensor, lo: int, hi: int, ranges: list[tuple[int, int, str]], files: dict[str, Any], folder: Path, name: str,
+               state: str) -> None:
+    """Fill `target`, 1-D, with elements [lo, hi) of one state of a parameter.
+
+    Args: ranges: the parameter's entry in the manifest; files: keeps opened files from one call to the next.
+    Raises: CheckpointError when the files do not hold all of them.
+    """
     filled = 0
     for first, last, file_name in ranges:
         a, b = max(lo, first), min(hi, last)
         if a < b:
             if file_name not in files:
                 files[file_name] = safe_open(folder / file_name, "pt")
-            target[a - lo : b - lo].copy_(files[file_name].get_slice(_key(name, state, first, last))[a - first : b - first])
+            target[a - lo : b - lo].copy_(files[file_name].get_slice(tensor_name(name, state, first, last))[a - first : b - first])
             filled += b - a
     if filled != hi - lo:
         raise CheckpointError(f"{folder} holds {filled} of the {hi - lo} elements [{lo}, {hi}) of {name}; the checkpoint is incomplete")
@@ -259,8 +267,9 @@ def _check(state: dict[str, Any], engine: Engine, expected: dict[str, str], fold
     for kind, wanted in expected.items():
         found = state.get("fingerprints", {}).get(kind)
         if found != wanted:
+            way_out = ", take the checkpoint over to the new one with launch/migrate.py," if kind == "tokenizer" else ""
             raise CheckpointError(f"{folder} was trained with {kind} {found}, this run uses {kind} {wanted}; "
-                                  f"use the same {kind}, or another run name (run.name=…) to start afresh")
+                                  f"use the same {kind}{way_out} or another run name (run.name=…) to start afresh")
     shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
     for name in sorted(shapes.keys() | engine.shapes.keys()):
         if shapes.get(name) != engine.shapes.get(name):

@@ -81,7 +81,7 @@ def migrate(source: Path, run: Path, matching: Matching, changes: dict[str, Any]
 
 def _write(source: Path, folder: Path, state: dict[str, Any], tables: dict[str, CodeTable], shapes: dict[str, tuple[int, ...]],
            matching: Matching, changes: dict[str, Any], changed: Changed, seed: int) -> None:
-    manifest = checkpoint._read_manifest(source)
+    manifest = checkpoint.read_manifest(source)
     names = [checkpoint.rank_file(rank) for rank in range(state["world_size"])]
     old_size = {name: int(np.prod(state["shapes"][name])) for name in tables}
     new_size = {name: int(np.prod(table.shape)) for name, table in tables.items()}
@@ -94,21 +94,21 @@ def _write(source: Path, folder: Path, state: dict[str, Any], tables: dict[str, 
     for name, table in tables.items():
         for key in STATES:
             old = torch.empty(old_size[name])
-            checkpoint._fill(old, 0, old.numel(), manifest["ranges"].get(name, []), {}, source, name, key)
+            checkpoint.read_range(old, 0, old.numel(), manifest["ranges"].get(name, []), {}, source, name, key)
             old_LWW = old.view(table.num_levels, -1, table.width).numpy()
             _write_table(migrate_table(old_LWW, table, matching, key, changed, generator), name, key, folder, places)
     for name in names:
         with open(folder / name, "rb+") as file:
             os.fsync(file.fileno())
         ranges = [_parse_key(key) for key in places[name]]
-        note = {"num_bytes": (folder / name).stat().st_size, "xxh3_128": checkpoint._checksum(folder / name),
+        note = {"num_bytes": (folder / name).stat().st_size, "xxh3_128": checkpoint.checksum(folder / name),
                 "ranges": [(parameter, lo, hi) for parameter, key, lo, hi in ranges if key == STATES[0]]}
         write_atomic((folder / name).with_suffix(".json"), json.dumps(note).encode())
     document = {**state, **changes, "shapes": shapes}
     if "progress" in document:  # losses under the old codes are not comparable with those to come
         document["progress"] = {**document["progress"], "best_step": None, "best_loss": None, "metrics": {}}
     write_atomic(folder / "state.json", json.dumps(document, indent=1).encode())
-    checkpoint._commit(folder, state["world_size"])
+    checkpoint.commit(folder, state["world_size"])
 
 
 def migrate_table(old_LWW: np.ndarray, table: CodeTable, matching: Matching, state: str, changed: Changed,
@@ -159,7 +159,7 @@ def _copy_rank_file(source: Path, target: Path, old_size: dict[str, int], new_si
             lo, hi = (bound * new_size[name] // old_size[name] for bound in _parse_key(key)[2:])
             if lo == hi:
                 continue
-            key, shape, num_bytes = checkpoint._key(name, _parse_key(key)[1], lo, hi), [hi - lo], (hi - lo) * 4
+            key, shape, num_bytes = checkpoint.tensor_name(name, _parse_key(key)[1], lo, hi), [hi - lo], (hi - lo) * 4
         header[key] = {"dtype": entry.dtype, "shape": shape, "data_offsets": [at, at + num_bytes]}
         planned.append((entry, key, at))
         at += num_bytes

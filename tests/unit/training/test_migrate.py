@@ -43,20 +43,20 @@ def write_checkpoint(run: Path, world_size: int) -> Path:
                 tensors |= {f"{name}|{state}|{lo}|{hi}": values[lo:hi].clone() for state, values in states.items()}
         path = folder / checkpoint.rank_file(rank)
         save_file(tensors, path)
-        note = {"num_bytes": path.stat().st_size, "xxh3_128": checkpoint._checksum(path), "ranges": ranges}
+        note = {"num_bytes": path.stat().st_size, "xxh3_128": checkpoint.checksum(path), "ranges": ranges}
         path.with_suffix(".json").write_text(json.dumps(note))
     state = {"format_version": checkpoint.FORMAT_VERSION, "step": STEP, "world_size": world_size, "states": STATES, "optimizer_step": STEP,
              "shapes": shapes(MODEL), "fingerprints": {"tokenizer": "old", "data": "d"}, "config": {"model": MODEL, "train": {"lr": 1}},
              "progress": {"step": STEP, "best_step": 20, "best_loss": 1.5, "metrics": {"validation/loss": 1.5}}, "loader": {"epoch": 1}}
     (folder / "state.json").write_text(json.dumps(state))
-    checkpoint._commit(folder, world_size)
+    checkpoint.commit(folder, world_size)
     return folder
 
 
 def read(folder: Path, name: str, state: str) -> torch.Tensor:
     document = checkpoint.read_state(folder)
     whole = torch.empty(int(np.prod(document["shapes"][name])))
-    checkpoint._fill(whole, 0, whole.numel(), checkpoint._read_manifest(folder)["ranges"][name], {}, folder, name, state)
+    checkpoint.read_range(whole, 0, whole.numel(), checkpoint.read_manifest(folder)["ranges"][name], {}, folder, name, state)
     return whole
 
 
@@ -122,7 +122,7 @@ def test_nothing_changed_changes_nothing(tmp_path, world_size):
         with safe_open(source / name, "pt") as a, safe_open(folder / name, "pt") as b:
             assert sorted(a.keys()) == sorted(b.keys())
             assert all(torch.equal(a.get_tensor(key), b.get_tensor(key)) for key in a.keys())  # noqa: SIM118  not a dictionary
-    assert checkpoint._read_manifest(source)["ranges"] == checkpoint._read_manifest(folder)["ranges"]
+    assert checkpoint.read_manifest(source)["ranges"] == checkpoint.read_manifest(folder)["ranges"]
 
 
 def test_the_state_is_of_the_new_tokenizer(tmp_path):

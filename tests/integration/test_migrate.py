@@ -1,0 +1,98 @@
+"""A refit in the middle of a run: refused without launch/migrate.py, and with it the run goes on, on any number of ranks."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+from pretrain_runs import logged_losses, run_pretraining
+from ranks import ROOT
+
+from data_pipeline.tokenize_items import FitTokenizerConfig, build_tokenizer
+from gpr_dist.config import load_config
+from gpr_dist.tokenizer.semantic_ids import SemanticIds
+from gpr_dist.training import checkpoint
+
+AT, MORE = 12, 4  # the step migrated, and how many steps follow
+
+
+def launch(script, cwd, *arguments):
+    return subprocess.run([sys.executable, ROOT / "launch" / f"{script}.py", *arguments], cwd=cwd, capture_output=True, text=True,
+                          timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="module")
+def refit(tiny, tmp_path_factory):
+    """Another seed and two codes more per level, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("refit")
+    values = yaml.safe_load((tiny / "tokenizer.yaml").read_text())
+    values |= {"out": str(folder / "tokenizer-2"), "tokenizer": values["tokenizer"] | {"seed": 1, "codebook_size": 18}}
+    (folder / "tokenizer.yaml").write_text(yaml.safe_dump(values))
+    return build_tokenizer(load_config(FitTokenizerConfig, folder / "tokenizer.yaml"))
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, tmp_path_factory):
+    """A run folder whose newest checkpoint is of step AT, written by two ranks."""
+    folder = tmp_path_factory.mktemp("trained")
+    run_pretraining(folder / "job", [f"data.folder={tiny}/data", f"run.folder={folder}/runs", "run.name=daily",
+                                     f"train.schedule.num_steps={AT}", "train.schedule.shape=constant", "validation.max_rows=4"])
+    return folder / "runs" / "daily"
+
+
+def continue_run(tiny, refit, folder, name, ranks, expect=0):
+    overrides = [f"data.folder={tiny}/data", f"data.tokenizer={refit.folder}", f"run.folder={folder}", f"run.name={name}",
+                 f"train.schedule.num_steps={AT + MORE}", "train.schedule.shape=constant"]
+    return run_pretraining(folder / f"job-{name}-{ranks}", overrides, ranks=ranks, expect=expect)
+
+
+def test_a_run_goes_on_with_the_refitted_tokenizer(tiny, trained, refit, tmp_path):
+    runs = tmp_path / "runs"
+    shutil.copytree(trained, runs / "refused", ignore=shutil.ignore_patterns("wandb"))
+    refused = continue_run(tiny, refit, runs, "refused", 1, expect=1)
+    named = (SemanticIds.load(tiny / "data" / "tokenizer").codebook_fingerprint, refit.codebook_fingerprint, "launch/migrate.py")
+    assert any(all(name in line for name in named) for line in refused.errors()), refused.describe()
+
+    before = {path: path.read_bytes() for path in trained.glob("step-*/*")}
+    looked = launch("migrate", tmp_path, f"checkpoint={trained}", f"tokenizer={refit.folder}", "out=runs/daily-2", "--dry-run")
+    assert looked.returncode == 0 and "would migrate" in looked.stdout and not (runs / "daily-2").exists(), looked.stderr
+    done = launch("migrate", tmp_path, f"checkpoint={trained}", f"tokenizer={refit.folder}", "out=runs/daily-2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[:6] == looked.stdout.splitlines()[:6]
+    assert {path: path.read_bytes() for path in trained.glob("step-*/*")} == before
+
+    shutil.copytree(runs / "daily-2", runs / "daily-2-on-one")
+    losses = {}
+    for name, ranks in (("daily-2", 2), ("daily-2-on-one", 1)):
+        continue_run(tiny, refit, runs, name, ranks)
+        losses[name] = logged_losses(runs / name)
+        assert sorted(losses[name]) == list(range(AT + 1, AT + MORE + 1))
+        assert checkpoint.verify(checkpoint.step_folder(runs / name, AT + MORE)) is None
+    assert all(abs(losses["daily-2"][step] - losses["daily-2-on-one"][step]) < 1e-4 for step in losses["daily-2"])
+
+    evaluated = launch("evaluate", tmp_path, "checkpoint=runs/daily-2", "settings.max_rows=4", "settings.beam_width=4",
+                       "settings.ks=[2]", "baselines=false")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert json.loads((runs / "daily-2" / "evaluation-test.json").read_text())["results"]
+
+
+def test_what_cannot_be_migrated_is_one_line(tiny, trained, refit, tmp_path):
+    def refused(*overrides):
+        done = launch("migrate", tmp_path, *overrides)
+        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert not (tmp_path / "out").exists()
+        return done.stderr
+
+    common = [f"checkpoint={trained}", "out=out"]
+    assert "there is nothing to migrate" in refused(*common, f"tokenizer={tiny}/data/tokenizer")
+    assert "checkpoint's own tokenizer as before=" in refused(*common, f"tokenizer={refit.folder}", f"before={refit.folder}")
+    (tmp_path / "popularity.npy").write_bytes(b"no array")
+    assert "cannot be read as .npy" in refused(*common, f"tokenizer={refit.folder}", "popularity=popularity.npy")
+    values = yaml.safe_load((tiny / "tokenizer.yaml").read_text())
+    values |= {"out": str(tmp_path / "two-levels"), "tokenizer": values["tokenizer"] | {"num_levels": 2}}
+    (tmp_path / "tokenizer.yaml").write_text(yaml.safe_dump(values))
+    build_tokenizer(load_config(FitTokenizerConfig, tmp_path / "tokenizer.yaml"))
+    assert "has 3 levels, the new one 2" in refused(*common, f"tokenizer={tmp_path}/two-levels")
