@@ -27,11 +27,13 @@ from tqdm import tqdm
 
 from data_pipeline.shards import ShardConfig, ShardWriter, write_manifest
 from gpr_dist.config import Config
-from gpr_dist.data.loader import HeldRows, Loader, LoaderConfig, build_loader
+from gpr_dist.data.collate import JourneyColumns
+from gpr_dist.data.loader import Loader, LoaderConfig, build_loader
 from gpr_dist.data.sampler import World
 from gpr_dist.schema import EVERY_AD, JOURNEY_SCHEMA, NO_ITEM, Action, TokenType
 
 COLUMNS = ("token_type", "block", "item", "action", "scene", "timestamp", "value")
+OUR_COLUMNS = ["num_context", "num_lookahead", *COLUMNS]  # a loader of ours counts tokens without look-ahead
 Epoch = Callable[[], tuple[int, int]]
 """Runs one epoch; returns rows and tokens delivered."""
 
@@ -158,7 +160,8 @@ def _ours(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path, con
                             micro_batch_tokens=config.micro_batch_tokens, prefetch_steps=config.prefetch_steps)
     loader = build_loader(folder, settings, World(), codes, num_heads=4)
     if not full:
-        loader = Loader(loader.reader, loader.sampling, World(), _columns_only, settings.prefetch_steps, settings.read_threads)
+        loader = Loader(loader.reader, loader.sampling, World(), _columns_only, settings.prefetch_steps, settings.read_threads,
+                        OUR_COLUMNS)
     steps = iter(loader)  # one iterator over all repetitions: it reads ahead into the next epoch, as in training
 
     def epoch() -> tuple[int, int]:
@@ -171,16 +174,10 @@ def _ours(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path, con
     return epoch
 
 
-def _columns_only(held: HeldRows, rows: np.ndarray) -> dict[str, torch.Tensor]:
-    """The tensors that every contender delivers, out of the rows our loader holds."""
-    _, position = held.find(rows)
-    journeys = held.journeys
-    lengths = journeys.token_offsets[position + 1] - journeys.token_offsets[position]
-    out = {"offsets": torch.from_numpy(np.append(0, np.cumsum(lengths, dtype=np.int64))),
-           "num_context": torch.from_numpy(journeys.num_context[position].astype(np.int64))}
-    for name, values in journeys.gather(position, COLUMNS).items():
-        out[name] = torch.from_numpy(values.astype(np.float32 if name == "value" else np.int64, copy=False))
-    return out
+def _columns_only(journeys: JourneyColumns, _rows: np.ndarray) -> dict[str, torch.Tensor]:
+    """The tensors that every contender delivers."""
+    columns = {"offsets": journeys.token_offsets, "num_context": journeys.num_context, **journeys.tokens}
+    return {name: torch.from_numpy(values) for name, values in columns.items()}
 
 
 def _webdataset(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path) -> Epoch:

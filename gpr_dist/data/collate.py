@@ -1,11 +1,12 @@
-"""Journey rows to one packed micro-batch: gathers the chosen rows, adds semantic IDs, and lays out requests and MTP targets.
+"""Journey rows to packed micro-batches: gathers the chosen rows, adds semantic IDs, and lays out requests and MTP targets.
 
 Pure functions over Arrow buffers; a row costs no Python of its own. Which rows belong together is `sampler.py`, reading them is
 `reader.py`. Look-ahead ads are labels and never become input.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -25,15 +26,13 @@ _DTYPES = {name: np.dtype(JOURNEY_SCHEMA.field(name).type.value_type.to_pandas_d
 
 @dataclass(frozen=True)
 class JourneyColumns:
-    """Numpy views of a record batch's buffers. All per-token columns share `token_offsets`; side columns have their own."""
+    """Numpy views of journeys laid end to end. All per-token columns share `token_offsets`; side columns have their own."""
 
     num_context: np.ndarray
     num_lookahead: np.ndarray
     token_offsets: np.ndarray
     tokens: dict[str, np.ndarray]
     sides: dict[str, tuple[np.ndarray, np.ndarray]]
-    as_bytes: pa.RecordBatch
-    """the list columns as columns of byte strings: Arrow gathers those with one memcpy per row, not with an index per number"""
 
     @property
     def num_rows(self) -> int:
@@ -41,40 +40,65 @@ class JourneyColumns:
 
     @classmethod
     def of(cls, batch: pa.RecordBatch) -> "JourneyColumns":
-        """Views of `batch`, which may be a slice. Raises: DataError when the per-token lists of a row differ in length."""
-        offsets = {}
-        values = {}
-        for name in TOKEN_COLUMNS + _SIDE_COLUMNS:
+        """Views of `batch`, which may be a slice and lack columns other than token_type.
+
+        Raises: DataError when the per-token lists of a row differ in length.
+        """
+        offsets, values = {}, {}
+        for name in set(batch.schema.names) & _DTYPES.keys():
             column = batch.column(name)
             offset = column.offsets.to_numpy()  # of the slice; `flatten` cuts the values to the same slice, `values` would not
             offsets[name] = offset if offset[0] == 0 else offset - offset[0]
             values[name] = column.flatten().to_numpy(zero_copy_only=True)
-        for name in TOKEN_COLUMNS[1:]:
+        tokens = {name: values[name] for name in TOKEN_COLUMNS if name in values}
+        for name in tokens:
             if not np.array_equal(offsets[name], offsets["token_type"]):
                 row = int(np.flatnonzero(offsets[name] != offsets["token_type"])[0]) - 1
                 raise DataError(f"row {row} of a record batch: {name} and token_type differ in length; rebuild the shards")
-        return cls(batch.column("num_context").to_numpy(), batch.column("num_lookahead").to_numpy(), offsets["token_type"],
-                   {name: values[name] for name in TOKEN_COLUMNS}, {name: (offsets[name], values[name]) for name in _SIDE_COLUMNS},
-                   pa.RecordBatch.from_pydict({name: _byte_strings(offsets[name], values[name]) for name in values}))
+        return cls(batch.column("num_context").to_numpy(), batch.column("num_lookahead").to_numpy(), offsets["token_type"], tokens,
+                   {name: (offsets[name], values[name]) for name in _SIDE_COLUMNS if name in values})
 
-    def gather(self, rows: np.ndarray, names: Sequence[str] = TOKEN_COLUMNS + _SIDE_COLUMNS) -> dict[str, np.ndarray]:
-        """The numbers of list columns at these rows (int64 positions), end to end."""
-        taken = self.as_bytes.select(names).take(pa.array(rows))
-        return {name: np.frombuffer(column.buffers()[2] or b"", _DTYPES[name]) for name, column in zip(names, taken.columns, strict=True)}
+    @cached_property
+    def _byte_strings(self) -> pa.RecordBatch:
+        """The lists as byte strings: Arrow gathers those with one memcpy per row, not with an index per number."""
+        lists = {name: (self.token_offsets, values) for name, values in self.tokens.items()} | self.sides
+        return pa.RecordBatch.from_pydict({
+            name: pa.Array.from_buffers(pa.large_binary(), self.num_rows,
+                                        [None, pa.py_buffer(offsets.astype(np.int64) * values.itemsize), pa.py_buffer(values)])
+            for name, (offsets, values) in lists.items()})
+
+    def take(self, rows: np.ndarray) -> "JourneyColumns":
+        """A copy of these rows (int64 positions) in this order, with the batch's types: int64 and float32."""
+        taken = self._byte_strings.take(pa.array(rows))
+        offsets, values = {}, {}
+        for name, column in zip(taken.schema.names, taken.columns, strict=True):
+            _, ends, content = column.buffers()
+            stored = np.frombuffer(content, _DTYPES[name]) if content else np.zeros(0, _DTYPES[name])
+            values[name] = stored.astype(np.float32 if stored.dtype.kind == "f" else np.int64, copy=False)
+            if name in self.sides or name == "token_type":
+                offsets[name] = np.frombuffer(ends, np.int64) // stored.itemsize
+        return JourneyColumns(self.num_context[rows].astype(np.int64), self.num_lookahead[rows].astype(np.int64), offsets["token_type"],
+                              {name: values[name] for name in self.tokens}, {name: (offsets[name], values[name]) for name in self.sides})
+
+    def slice(self, begin: int, end: int) -> "JourneyColumns":
+        """Views of rows begin .. end - 1."""
+        def cut(offsets: np.ndarray) -> tuple[np.ndarray, slice]:
+            return offsets[begin:end + 1] - offsets[begin], slice(offsets[begin], offsets[end])
+
+        token_offsets, tokens = cut(self.token_offsets)
+        sides = {name: (cut(offsets), values) for name, (offsets, values) in self.sides.items()}
+        return JourneyColumns(self.num_context[begin:end], self.num_lookahead[begin:end], token_offsets,
+                              {name: values[tokens] for name, values in self.tokens.items()},
+                              {name: (offsets, values[where]) for name, ((offsets, where), values) in sides.items()})
 
 
-def _byte_strings(offsets: np.ndarray, values: np.ndarray) -> pa.LargeBinaryArray:
-    ends = offsets.astype(np.int64) * values.itemsize
-    return pa.Array.from_buffers(pa.large_binary(), len(offsets) - 1, [None, pa.py_buffer(ends), pa.py_buffer(values)])
-
-
-def collate(parts: Sequence[tuple[pa.RecordBatch | JourneyColumns, np.ndarray]], row_ids_B: np.ndarray, codes_ML: np.ndarray,
-            num_heads: int, num_user_features: int, num_env_features: int, locate: Callable[[int], str] | None = None) -> Batch:
+def collate(journeys: JourneyColumns, row_ids_B: np.ndarray, codes_ML: np.ndarray, num_heads: int, num_user_features: int,
+            num_env_features: int, locate: Callable[[int], str] | None = None) -> Batch:
     """Pack rows end to end.
 
     Args:
-        parts: (record batch, row numbers within it); the batch's rows are those of the parts in order. May be empty.
-        row_ids_B: global row number of each row, in the same order; only carried along.
+        journeys: the rows of the micro-batch as `take` gives them, perhaps none; the micro-batch keeps their memory.
+        row_ids_B: global row number of each row, int64, in the same order; only carried along.
         codes_ML: semantic ID of each catalogue item, any integer type.
         num_heads: MTP heads P. Head 0 has every ad of a request as a target; head j ≥ 1 the j-th ad after the request's first
             one, in the row's order with look-ahead, where there is one (GPR Eq. 3, Fig. 4a).
@@ -83,9 +107,7 @@ def collate(parts: Sequence[tuple[pa.RecordBatch | JourneyColumns, np.ndarray]],
     Returns: Batch with int64 and float32 tensors; targets sorted by head, then by request.
     Raises: DataError naming row and item for an item outside the catalogue, or a row whose lists do not fit its tokens.
     """
-    columns = [(part if isinstance(part, JourneyColumns) else JourneyColumns.of(part), np.asarray(rows)) for part, rows in parts]
-    gathered = [_gather(journeys, rows) for journeys, rows in columns if len(rows)] or [_empty()]
-    g = gathered[0] if len(gathered) == 1 else _concatenate(gathered)
+    g = _split(journeys)
     where = locate or (lambda row: f"row {row}")
 
     num_rows = len(g["length"])
@@ -128,40 +150,37 @@ def collate(parts: Sequence[tuple[pa.RecordBatch | JourneyColumns, np.ndarray]],
     eligibility_start = np.cumsum(g["eligibility_length"]) - g["eligibility_length"]
     tensor = torch.from_numpy
     return Batch(
-        offsets_B1=tensor(offsets_B1), row_ids_B=_int64(np.asarray(row_ids_B)), token_type_T=_int64(g["token_type"]),
-        block_T=_int64(g["block"]), item_T=_int64(g["item"]), codes_TL=tensor(_codes(g["item"], codes_ML)), action_T=_int64(g["action"]),
-        scene_T=_int64(g["scene"]), timestamp_T=_int64(g["timestamp"]), value_T=tensor(g["value"]),
-        user_features_UF=_int64(g["user_features"].reshape(-1, num_user_features) if num_user_features else np.zeros((0, 0))),
-        env_features_EF=_int64(g["env_features"].reshape(-1, num_env_features) if num_env_features else np.zeros((0, 0))),
+        offsets_B1=tensor(offsets_B1), row_ids_B=tensor(row_ids_B), token_type_T=tensor(g["token_type"]),
+        block_T=tensor(g["block"]), item_T=tensor(g["item"]), codes_TL=tensor(_codes(g["item"], codes_ML)), action_T=tensor(g["action"]),
+        scene_T=tensor(g["scene"]), timestamp_T=tensor(g["timestamp"]), value_T=tensor(g["value"]),
+        user_features_UF=tensor(g["user_features"].reshape(-1, num_user_features) if num_user_features else np.zeros((0, 0), np.int64)),
+        env_features_EF=tensor(g["env_features"].reshape(-1, num_env_features) if num_env_features else np.zeros((0, 0), np.int64)),
         request_token_R=tensor(_take(offsets_B1, request_row_R) + first_position - 1), request_row_R=tensor(request_row_R),
-        request_eligibility_R=_int64(_take(g["eligibility"], _take(eligibility_start, request_row_R) + request_block_R)),
-        request_time_R=_int64(_take(g["ad_timestamp"], first_ad)), target_request_N=tensor(target_request),
-        target_head_N=tensor(target_head), target_item_N=_int64(_take(g["ad_item"], target_ad)),
+        request_eligibility_R=tensor(_take(g["eligibility"], _take(eligibility_start, request_row_R) + request_block_R)),
+        request_time_R=tensor(_take(g["ad_timestamp"], first_ad)), target_request_N=tensor(target_request),
+        target_head_N=tensor(target_head), target_item_N=tensor(_take(g["ad_item"], target_ad)),
         target_codes_NL=tensor(_take(_take(codes_ML, g["ad_item"]).astype(np.int64), target_ad)),
-        target_action_N=_int64(_take(g["ad_action"], target_ad)), target_value_N=tensor(_take(g["ad_value"], target_ad)),
+        target_action_N=tensor(_take(g["ad_action"], target_ad)), target_value_N=tensor(_take(g["ad_value"], target_ad)),
         target_pctr_N=tensor(_take(g["ad_pctr"], target_ad)), target_pcvr_N=tensor(_take(g["ad_pcvr"], target_ad)))
 
 
-def _gather(journeys: JourneyColumns, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """The chosen rows' model tokens, ads and side lists, as flat arrays with lengths."""
-    full = journeys.gather(rows)
-    full_length = journeys.token_offsets[rows + 1] - journeys.token_offsets[rows].astype(np.int64)
-    full_end = np.cumsum(full_length)
-    full_start = full_end - full_length
-    num_lookahead = journeys.num_lookahead[rows]
-    length = full_length - num_lookahead
+def _split(journeys: JourneyColumns) -> dict[str, np.ndarray]:
+    """Model tokens, ads and side lists, as flat arrays with lengths."""
+    full, full_start, full_end = journeys.tokens, journeys.token_offsets[:-1], journeys.token_offsets[1:]
+    num_lookahead = journeys.num_lookahead
+    length = full_end - full_start - num_lookahead
     ads = np.flatnonzero(full["token_type"] == TokenType.I)
     num_ads = np.diff(np.searchsorted(ads, full_end), prepend=0)
-    out = {"num_context": journeys.num_context[rows], "num_lookahead": num_lookahead, "length": length, "num_ads": num_ads,
-           "ad_row": np.repeat(np.arange(len(rows)), num_ads), "ad_position": ads - np.repeat(full_start, num_ads)}
+    out = {"num_context": journeys.num_context, "num_lookahead": num_lookahead, "length": length, "num_ads": num_ads,
+           "ad_row": np.repeat(np.arange(len(length)), num_ads), "ad_position": ads - np.repeat(full_start, num_ads)}
     out |= {f"ad_{name}": _take(full[name], ads) for name in _AD_COLUMNS}
     if num_lookahead.any():
         index = _ranges(full_start, length)
         out |= {name: _take(full[name], index) for name in _INPUT_COLUMNS}
     else:
         out |= {name: full[name] for name in _INPUT_COLUMNS}
-    for name, (offsets, _) in journeys.sides.items():
-        out[name], out[f"{name}_length"] = full[name], offsets[rows + 1] - offsets[rows].astype(np.int64)
+    for name, (offsets, values) in journeys.sides.items():
+        out[name], out[f"{name}_length"] = values, np.diff(offsets)
     return out
 
 
@@ -178,29 +197,11 @@ def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return index
 
 
-def _concatenate(gathered: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    out = {name: np.concatenate([part[name] for part in gathered]) for name in gathered[0]}
-    num_rows = np.array([len(part["length"]) for part in gathered])
-    out["ad_row"] += np.repeat(np.cumsum(num_rows) - num_rows, [len(part["ad_row"]) for part in gathered])
-    return out
-
-
-def _empty() -> dict[str, np.ndarray]:
-    names = ["num_context", "num_lookahead", "length", "num_ads", "ad_row", "ad_position", *_INPUT_COLUMNS, *_SIDE_COLUMNS]
-    names += [f"ad_{name}" for name in _AD_COLUMNS] + [f"{name}_length" for name in _SIDE_COLUMNS]
-    floats = ("value", "ad_value", "ad_pctr", "ad_pcvr")
-    return {name: np.zeros(0, np.float32 if name in floats else np.int64) for name in names}
-
-
-def _int64(values: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(values.astype(np.int64, copy=False))
-
-
 def _codes(item: np.ndarray, codes_ML: np.ndarray) -> np.ndarray:
     if len(codes_ML) == 0:
         return np.full((len(item), codes_ML.shape[1]), -1)
     codes_TL = _take(codes_ML, item).astype(np.int64, copy=False)
-    no_item = (item >> (8 * item.itemsize - 1)).astype(np.int64)  # the sign bit spread out: -1 where there is no item, else 0
+    no_item = item >> 63  # the sign bit spread out: -1 where there is no item, else 0
     for codes_T in codes_TL.T:
         codes_T |= no_item
     return codes_TL

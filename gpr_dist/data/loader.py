@@ -8,7 +8,7 @@ import itertools
 import math
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +22,14 @@ from gpr_dist.config import Config
 from gpr_dist.data.collate import JourneyColumns, collate
 from gpr_dist.data.legal import LegalCodes
 from gpr_dist.data.reader import ShardReader
-from gpr_dist.data.sampler import EpochPlan, Sampling, World, build_sampling, owned_streams, pack_in_order, pack_step
+from gpr_dist.data.sampler import EpochPlan, Sampling, World, build_sampling, owned_streams, pack_in_order, pack_steps
 from gpr_dist.errors import DataError
 from gpr_dist.schema import JOURNEY_SCHEMA, Batch
 
 T = TypeVar("T")
-_USED_COLUMNS = [name for name in JOURNEY_SCHEMA.names if name != "user_id"]
+MakeBatch = Callable[[JourneyColumns, np.ndarray], Batch]
+"""From the journeys of a micro-batch and their global row numbers to the micro-batch."""
+USED_COLUMNS = [name for name in JOURNEY_SCHEMA.names if name != "user_id"]
 
 
 class LoaderConfig(Config):
@@ -69,11 +71,11 @@ class Step:
 class Loader:
     """Iterate for `Step`s, endlessly over epochs. `state_dict` always describes the next step the consumer will get."""
 
-    def __init__(self, reader: ShardReader, sampling: Sampling, world: World, make_batch: "Callable[[HeldRows, np.ndarray], Batch]",
-                 prefetch_steps: int, read_threads: int) -> None:
-        """Args: make_batch: from the rows in memory and the global row numbers of a micro-batch to the micro-batch."""
+    def __init__(self, reader: ShardReader, sampling: Sampling, world: World, make_batch: MakeBatch, prefetch_steps: int,
+                 read_threads: int, columns: Sequence[str] = USED_COLUMNS) -> None:
+        """Args: columns: those of JOURNEY_SCHEMA that `make_batch` needs."""
         self.reader, self.sampling, self.world, self._make_batch = reader, sampling, world, make_batch
-        self._prefetch_steps, self._read_threads = prefetch_steps, read_threads
+        self._prefetch_steps, self._read_threads, self._columns = prefetch_steps, read_threads, columns
         self._epoch = self._step = 0
 
     @property
@@ -108,26 +110,26 @@ class Loader:
 
     def _steps(self, epoch: int, first_step: int) -> Iterator[Step]:
         with ThreadPoolExecutor(1, "window") as ahead, ThreadPoolExecutor(self._read_threads, "read") as readers:
-            windows = self._windows(epoch, first_step, ahead, readers)
-            for plan, number, window, rows in windows:
-                start = max(number * plan.steps_per_window, first_step if plan.epoch == epoch else 0)
-                for step in range(start, min((number + 1) * plan.steps_per_window, plan.num_steps)):
-                    rows_Cg, tokens_Cg = plan.step_rows(window, step)
-                    packed = pack_step(rows_Cg, tokens_Cg, self.world, self.sampling.micro_batch_tokens, self.sampling.quadratic_at)
-                    yield Step(plan.epoch, step, [self._make_batch(rows, chosen) for chosen in packed])
+            for at_epoch, step, packed_steps, held in self._windows(epoch, first_step, ahead, readers):
+                for number, packed in enumerate(packed_steps, step):
+                    yield Step(at_epoch, number, [self._make_batch(journeys, rows) for rows, journeys in held.take(packed)])
 
     def _windows(self, epoch: int, first_step: int, ahead: ThreadPoolExecutor, readers: ThreadPoolExecutor) -> Iterator[tuple]:
-        """(epoch plan, window number, window, this rank's rows of it), each loaded while the one before is used."""
+        """(epoch, first step, micro-batches of each step, this rank's rows) of windows, each loaded while the one before is used."""
         kept: dict[int, pa.RecordBatch] = {}
+        sampling = self.sampling
 
         def load(plan: EpochPlan, number: int) -> tuple:
-            window = plan.window(number)
-            mine = window.rows_Cn[owned_streams(self.sampling.num_streams, self.world)]
-            return plan, number, window, HeldRows.load(self.reader, np.sort(mine[mine >= 0]), readers, kept)
+            rows_SCg, tokens_SCg = plan.window(number)
+            start = number * plan.steps_per_window
+            done = max(0, first_step - start) if plan.epoch == epoch else 0
+            packed = pack_steps(rows_SCg[done:], tokens_SCg[done:], self.world, sampling.micro_batch_tokens, sampling.quadratic_at)
+            mine = rows_SCg[:, owned_streams(sampling.num_streams, self.world)]
+            return plan.epoch, start + done, packed, HeldRows.load(self.reader, np.sort(mine[mine >= 0]), self._columns, readers, kept)
 
         pending: Future | None = None
         for current in itertools.count(epoch):
-            plan = EpochPlan(self.sampling, self.reader.first_row, self.reader.num_rows, self.reader.num_tokens, current)
+            plan = EpochPlan(sampling, self.reader.first_row, self.reader.num_rows, self.reader.num_tokens, current)
             first = first_step // plan.steps_per_window if current == epoch else 0
             for number in range(first, plan.num_windows):
                 following = ahead.submit(load, plan, number)
@@ -138,29 +140,26 @@ class Loader:
 
 @dataclass(frozen=True)
 class HeldRows:
-    """Rows of a split in memory, laid end to end so that gathering a micro-batch is one vectorised pass."""
+    """Rows of a split in memory, laid end to end so that gathering the rows of a step is one vectorised pass."""
 
-    reader: ShardReader
     first_row: np.ndarray
     """global row number at the start of each contiguous run, increasing"""
     num_rows: np.ndarray
-    journeys: JourneyColumns | None
-    """the runs' rows in order; None when there are no rows"""
+    journeys: JourneyColumns
+    """the runs' rows in order"""
 
     @classmethod
-    def load(cls, reader: ShardReader, rows: np.ndarray, readers: ThreadPoolExecutor | None = None,
+    def load(cls, reader: ShardReader, rows: np.ndarray, columns: Sequence[str] = USED_COLUMNS, readers: ThreadPoolExecutor | None = None,
              kept: dict[int, pa.RecordBatch] | None = None) -> "HeldRows":
         """Fetch the record batches of `rows` (sorted global row numbers).
 
         `kept` carries partly used record batches from one call to the next, so that a batch across two windows is fetched once.
         Rows of a damaged batch are left out under on_corrupt = skip.
         """
-        if len(rows) == 0:
-            return cls(reader, rows, rows, None)
         kept = {} if kept is None else kept
         number_of_row = np.searchsorted(reader.first_row, rows, side="right") - 1
-        numbers, start = np.unique(number_of_row, return_index=True)
-        low, high = rows[start], rows[np.append(start[1:], len(rows)) - 1] + 1
+        numbers, start, length = np.unique(number_of_row, return_index=True, return_counts=True)
+        low, high = rows[start], rows[start + length - 1] + 1
         fetch = [number for number in numbers.tolist() if number not in kept]
         fetch_all = map if readers is None or reader.is_local else readers.map  # threads cost more than they gain on a memory map
         fetched = dict(zip(fetch, fetch_all(reader.read_batch_or_skip, fetch), strict=True))
@@ -169,26 +168,25 @@ class HeldRows:
         kept.clear()
         kept |= {int(number): batch for number, batch, more in zip(numbers, batches, unfinished, strict=True) if more}
         present = np.array([batch is not None for batch in batches], bool)
-        pieces = [batch.slice(begin, length).select(_USED_COLUMNS)
-                  for batch, begin, length in zip(batches, low - reader.first_row[numbers], high - low, strict=True) if batch is not None]
-        journeys = JourneyColumns.of(pa.concat_batches(pieces)) if pieces else None
-        return cls(reader, low[present], (high - low)[present], journeys)
+        pieces = [batch.slice(begin, length) for batch, begin, length
+                  in zip(batches, low - reader.first_row[numbers], high - low, strict=True) if batch is not None]
+        table = pa.Table.from_batches(pieces, JOURNEY_SCHEMA).select(columns).combine_chunks()
+        whole = table.to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
+        return cls(low[present], (high - low)[present], JourneyColumns.of(whole[0]))
 
-    def collate(self, rows: np.ndarray, codes_ML: np.ndarray, num_heads: int) -> Batch:
-        """The micro-batch of these global rows, in this order; rows that were not read are left out."""
-        manifest = self.reader.manifest
-        rows, position = self.find(rows)
-        return collate([] if self.journeys is None else [(self.journeys, position)], rows, codes_ML, num_heads,
-                       len(manifest.user_features), len(manifest.env_features), self.reader.locate)
+    def take(self, micro_batches: list[np.ndarray]) -> list[tuple[np.ndarray, JourneyColumns]]:
+        """For each of the arrays of global row numbers: those of the rows that are here, and their journeys.
 
-    def find(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Those of the global rows that are here, and their places in `journeys`."""
-        if self.journeys is None:
-            return rows[:0], rows[:0]
+        One gather for all of them: the micro-batches are views of the same memory.
+        """
+        rows = np.concatenate(micro_batches)
         run = np.searchsorted(self.first_row, rows, side="right") - 1
-        here = (run >= 0) & (rows < self.first_row[run] + self.num_rows[run])
+        end = np.append(self.first_row + self.num_rows, -1)  # of run -1, which is none
+        here = np.flatnonzero(rows < end[run])
         rows, run = rows[here], run[here]
-        return rows, rows - self.first_row[run] + (np.cumsum(self.num_rows) - self.num_rows)[run]
+        journeys = self.journeys.take(rows - self.first_row[run] + (np.cumsum(self.num_rows) - self.num_rows)[run])
+        bounds = np.searchsorted(here, np.cumsum([0, *map(len, micro_batches)]))
+        return [(rows[begin:end], journeys.slice(begin, end)) for begin, end in itertools.pairwise(bounds)]
 
 
 class OnePass:
@@ -198,7 +196,7 @@ class OnePass:
     gets empty batches.
     """
 
-    def __init__(self, reader: ShardReader, world: World, make_batch: "Callable[[HeldRows, np.ndarray], Batch]", micro_batch_tokens: int,
+    def __init__(self, reader: ShardReader, world: World, make_batch: MakeBatch, micro_batch_tokens: int,
                  max_rows: int | None = None, prefetch_batches: int = 2) -> None:
         self.reader, self.world, self._make_batch, self._prefetch_batches = reader, world, make_batch, prefetch_batches
         self._bounds = pack_in_order(reader.num_tokens[:max_rows], micro_batch_tokens)
@@ -214,7 +212,8 @@ class OnePass:
         for number in range(self.world.rank * len(self), (self.world.rank + 1) * len(self)):
             first, last = self._bounds[np.minimum([number, number + 1], len(self._bounds) - 1)]
             rows = np.arange(first, last)
-            yield self._make_batch(HeldRows.load(self.reader, rows, kept=kept), rows)
+            [(rows, journeys)] = HeldRows.load(self.reader, rows, kept=kept).take([rows])
+            yield self._make_batch(journeys, rows)
 
 
 def build_loader(folder: str | Path, config: LoaderConfig, world: World, codes_ML: np.ndarray, num_heads: int,
@@ -231,7 +230,7 @@ def build_loader(folder: str | Path, config: LoaderConfig, world: World, codes_M
     if reader.manifest.num_rows == 0:
         raise DataError(f"{folder} has no journeys; check the time cut-offs of the build")
     _check_codes(reader, codes_ML)
-    make_batch = _batch_maker(codes_ML, num_heads, legal, counted=True)
+    make_batch = _batch_maker(reader, codes_ML, num_heads, legal, counted=True)
     return Loader(reader, sampling, world, make_batch, config.prefetch_steps, config.read_threads)
 
 
@@ -240,13 +239,14 @@ def iter_once(folder: str | Path, config: LoaderConfig, world: World, codes_ML: 
     """Open a split for one deterministic pass, each row on exactly one rank; `max_rows`: only the first so many rows."""
     reader = ShardReader(folder, config.verify, config.on_corrupt, config.cache_dir)
     _check_codes(reader, codes_ML)
-    return OnePass(reader, world, _batch_maker(codes_ML, num_heads, legal, counted=False), config.micro_batch_tokens, max_rows)
+    return OnePass(reader, world, _batch_maker(reader, codes_ML, num_heads, legal, counted=False), config.micro_batch_tokens, max_rows)
 
 
-def _batch_maker(codes_ML: np.ndarray, num_heads: int, legal: LegalCodes | None,
-                 counted: bool) -> "Callable[[HeldRows, np.ndarray], Batch]":
-    def make(held: HeldRows, rows: np.ndarray) -> Batch:
-        batch = held.collate(rows, codes_ML, num_heads)
+def _batch_maker(reader: ShardReader, codes_ML: np.ndarray, num_heads: int, legal: LegalCodes | None, counted: bool) -> MakeBatch:
+    num_features = len(reader.manifest.user_features), len(reader.manifest.env_features)
+
+    def make(journeys: JourneyColumns, rows: np.ndarray) -> Batch:
+        batch = collate(journeys, rows, codes_ML, num_heads, *num_features, reader.locate)
         return batch if legal is None else legal.add_to(batch, counted)
 
     return make

@@ -13,7 +13,7 @@ import numpy as np
 
 from gpr_dist.errors import ConfigError
 
-# C streams  W ranks  n window rows per stream  g rows per stream and step  K rows of a rank in a step
+# S steps  C streams  W ranks  n window rows per stream  g rows per stream and step  K rows of a rank in a step
 
 _TAG_EPOCH, _TAG_WINDOW = 0, 1  # separate the random streams drawn from one seed
 
@@ -46,14 +46,6 @@ class Sampling:
     @property
     def rows_per_stream(self) -> int:
         return self.global_batch_size // self.num_streams
-
-
-@dataclass(frozen=True)
-class Window:
-    """The rows of all streams for some steps, in the order in which they are dealt."""
-
-    rows_Cn: np.ndarray  # int64 global row numbers, -1 where a stream has ended
-    tokens_Cn: np.ndarray  # int64, 0 where a stream has ended
 
 
 def build_sampling(seed: int, global_batch_size: int, world_size: int, micro_batch_tokens: int, num_streams: int | None = None,
@@ -103,21 +95,23 @@ class EpochPlan:
     def steps_per_window(self) -> int:
         return self.sampling.window_rows // self.sampling.rows_per_stream
 
-    def window(self, number: int) -> Window:
-        """Window `number` of every stream."""
-        size = self.sampling.window_rows
+    def window(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and tokens of the steps of window `number` of every stream, int64 [S, C, g]; row -1 has 0 tokens and is no row.
+
+        Its first step is number * steps_per_window; the last window of an epoch may have fewer than steps_per_window.
+        """
+        size, step_rows = self.sampling.window_rows, self.sampling.rows_per_stream
         start = np.minimum(self._bounds[:-1] + number * size, self._bounds[1:])
         count = np.minimum(self._bounds[1:] - start, size)
         rows_Cn, tokens_Cn = self._rows(start, count)
         rng = np.random.default_rng([self.sampling.seed, _TAG_WINDOW, self.epoch, number])
-        dealt_Cn = deal(work(tokens_Cn, self.sampling.quadratic_at), count, rng, self.sampling.rows_per_stream)
-        return Window(np.take_along_axis(rows_Cn, dealt_Cn, 1), np.take_along_axis(tokens_Cn, dealt_Cn, 1))
-
-    def step_rows(self, window: Window, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and tokens of a step, int64 [C, g]; `window` is number `step // steps_per_window`. Row -1 has 0 tokens and is no row."""
-        start = step % self.steps_per_window * self.sampling.rows_per_stream
-        columns = slice(start, start + self.sampling.rows_per_stream)
-        return window.rows_Cn[:, columns], window.tokens_Cn[:, columns]
+        dealt_Cn = deal(work(tokens_Cn, self.sampling.quadratic_at), count, rng, step_rows)
+        missing = -rows_Cn.shape[1] % step_rows
+        by_step = []
+        for values_Cn, nothing in ((rows_Cn, -1), (tokens_Cn, 0)):
+            padded = np.pad(np.take_along_axis(values_Cn, dealt_Cn, 1), ((0, 0), (0, missing)), constant_values=nothing)
+            by_step.append(np.ascontiguousarray(padded.reshape(len(padded), -1, step_rows).swapaxes(0, 1)))
+        return by_step[0], by_step[1]
 
     def _rows(self, start: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows start[c] .. start[c] + count[c] - 1 of the epoch's sequence, as [C, n] padded with row -1 and 0 tokens."""
@@ -199,64 +193,76 @@ def owned_streams(num_streams: int, world: World) -> slice:
     return slice(world.rank * num_streams // world.size, (world.rank + 1) * num_streams // world.size)
 
 
-def pack_step(rows_Cg: np.ndarray, tokens_Cg: np.ndarray, world: World, micro_batch_tokens: int, quadratic_at: int) -> list[np.ndarray]:
-    """This rank's micro-batches of a step: arrays of global row numbers, equally many on every rank.
+def pack_steps(rows_SCg: np.ndarray, tokens_SCg: np.ndarray, world: World, micro_batch_tokens: int,
+               quadratic_at: int) -> list[list[np.ndarray]]:
+    """This rank's micro-batches of some steps: arrays of global row numbers, in a step equally many on every rank.
 
-    A micro-batch has at most `micro_batch_tokens` tokens, unless a single longer row is alone in it. The number of micro-batches is
-    the smallest found for which the rows of every rank fit; a rank spreads its rows over all of them by work, and may be left with
-    empty ones.
+    A micro-batch has at most `micro_batch_tokens` tokens, unless a single longer row is alone in it. The number of micro-batches of
+    a step is the smallest found for which the rows of every rank fit; a rank spreads its rows over all of them by work, and may be
+    left with empty ones. All steps in one call, because a step of a few hundred rows costs more in calls than in arithmetic.
     """
-    num_streams, step_rows = rows_Cg.shape
+    num_steps, num_streams, step_rows = rows_SCg.shape
     bounds = np.arange(world.size + 1) * num_streams // world.size
     per_rank = np.diff(bounds) * step_rows
     slots_WK = np.arange(per_rank.max()) < per_rank[:, None]
-    tokens_WK = np.zeros(slots_WK.shape, np.int64)
-    tokens_WK[slots_WK] = tokens_Cg.ravel()
-    longest_first_WK = -np.sort(-tokens_WK, axis=1)
-    num_bins = _fewest_bins(longest_first_WK, micro_batch_tokens)
-    while (bins_WK := spread(longest_first_WK, num_bins, micro_batch_tokens, quadratic_at)) is None:
-        num_bins += max(1, num_bins // 32)
+    tokens_SWK = np.zeros((num_steps, *slots_WK.shape), np.int64)
+    tokens_SWK[:, slots_WK] = tokens_SCg.reshape(num_steps, -1)
+    longest_first_SWK = -np.sort(-tokens_SWK, axis=2)
+    num_bins_S = _fewest_bins(longest_first_SWK, micro_batch_tokens)
+    bins_SK = np.zeros((num_steps, per_rank[world.rank]), np.int64)  # of this rank
+    packed_S = np.zeros(num_steps, bool)
+    while not packed_S.all():
+        num_bins = num_bins_S[~packed_S].min()
+        steps = np.flatnonzero(~packed_S & (num_bins_S == num_bins))
+        bins_XK, fits_X = spread(longest_first_SWK[steps].reshape(-1, slots_WK.shape[1]), num_bins, micro_batch_tokens, quadratic_at)
+        fits = fits_X.reshape(len(steps), -1).all(1)
+        bins_SK[steps] = bins_XK.reshape(len(steps), *slots_WK.shape)[:, world.rank, :bins_SK.shape[1]]
+        packed_S[steps] = fits
+        num_bins_S[steps[~fits]] += max(1, num_bins // 32)
     mine = owned_streams(num_streams, world)
-    rows, tokens = rows_Cg[mine].ravel(), tokens_Cg[mine].ravel()
-    longest_first = np.argsort(-tokens, kind="stable")
-    bins = bins_WK[world.rank, :len(rows)]
-    return [packed[packed >= 0] for packed in (rows[longest_first[bins == number]] for number in range(num_bins))]
+    rows_SK, tokens_SK = (values_SCg[:, mine].reshape(num_steps, -1) for values_SCg in (rows_SCg, tokens_SCg))
+    longest_first_SK = np.argsort(-tokens_SK, axis=1, kind="stable")
+    by_bin_SK = np.argsort(bins_SK, axis=1, kind="stable")
+    rows_SK = np.take_along_axis(rows_SK, np.take_along_axis(longest_first_SK, by_bin_SK, 1), 1)
+    bins_SK = np.sort(bins_SK, axis=1)
+    return [[packed[packed >= 0] for packed in np.split(rows_K, np.searchsorted(bins_K, np.arange(1, num_bins)))]
+            for rows_K, bins_K, num_bins in zip(rows_SK, bins_SK, num_bins_S, strict=True)]
 
 
-def spread(tokens_WK: np.ndarray, num_bins: int, budget: int, quadratic_at: int) -> np.ndarray | None:
-    """Bin of every row of every rank, int64 [W, K], such that bins have nearly equal work; None if a bin exceeds the token budget.
+def spread(tokens_XK: np.ndarray, num_bins: int, budget: int, quadratic_at: int) -> tuple[np.ndarray, np.ndarray]:
+    """Deal the rows of every rank and step X to bins of nearly equal work.
 
-    Args: tokens_WK: per rank, longest first; 0 where a rank has no row. A row longer than the budget gets a bin of its own.
+    Args: tokens_XK: longest first; 0 where there is no row. A row longer than the budget gets a bin of its own.
+    Returns: bin of every row, int64 [X, K], and whether all bins keep the token budget, bool [X]; where not, the bins mean nothing.
     """
-    num_rows = tokens_WK.shape[1]
-    bins_WK = np.zeros(tokens_WK.shape, np.int64)
-    too_long_W = (tokens_WK > budget).sum(1)
-    for too_long in np.unique(too_long_W):
-        ranks = np.flatnonzero(too_long_W == too_long)
+    num_rows = tokens_XK.shape[1]
+    bins_XK, fits_X = np.zeros(tokens_XK.shape, np.int64), np.ones(len(tokens_XK), bool)
+    too_long_X = (tokens_XK > budget).sum(1)
+    for too_long in np.unique(too_long_X):
+        these = np.flatnonzero(too_long_X == too_long)
         shared = num_bins - too_long  # bins for the rows that can share one
-        if shared < 0 or (shared == 0 and tokens_WK[ranks, too_long:].any()):
-            return None
-        bins_WK[ranks, :too_long] = shared + np.arange(too_long)
-        if shared == 0:
+        if shared <= 0:
+            fits_X[these] = (shared == 0) & ~tokens_XK[these, too_long:].any(1)
+            bins_XK[these, :too_long] = np.arange(too_long)
             continue
-        tokens, load = tokens_WK[ranks, too_long:], np.zeros((len(ranks), shared))
+        bins_XK[these, :too_long] = shared + np.arange(too_long)
+        tokens, load = tokens_XK[these, too_long:], np.zeros((len(these), shared))
         row_work, bins, flat_load = work(tokens, quadratic_at), np.zeros(tokens.shape, np.int64), load.reshape(-1)
-        first_bin = shared * np.arange(len(ranks))[:, None]
+        first_bin = shared * np.arange(len(these))[:, None]
         for start in range(0, num_rows - too_long, shared):  # one row for each bin: the longest to the lightest
             lightest = load.argsort(axis=1, kind="stable")[:, :num_rows - too_long - start] + first_bin
-            flat_load[lightest] += row_work[:, start:start + shared]  # a bin appears once per rank
+            flat_load[lightest] += row_work[:, start:start + shared]  # a bin appears once per X
             bins[:, start:start + shared] = lightest
-        if np.bincount(bins.ravel(), tokens.ravel()).max(initial=0) > budget:
-            return None
-        bins_WK[ranks, too_long:] = bins - first_bin
-    return bins_WK
+        fits_X[these] = np.bincount(bins.ravel(), tokens.ravel(), load.size).reshape(load.shape).max(1) <= budget
+        bins_XK[these, too_long:] = bins - first_bin
+    return bins_XK, fits_X
 
 
-def _fewest_bins(tokens_WK: np.ndarray, budget: int) -> int:
-    """A lower bound on the micro-batches of a step: by volume, and because two rows above half the budget never share one."""
-    too_long_WK = tokens_WK > budget
-    volume_W = too_long_WK.sum(1) - (-np.where(too_long_WK, 0, tokens_WK).sum(1) // budget)
-    return max(1, int(volume_W.max(initial=1)), int((2 * tokens_WK > budget).sum(1).max(initial=1)))
+def _fewest_bins(tokens_SWK: np.ndarray, budget: int) -> np.ndarray:
+    """A lower bound on the micro-batches of each step: by volume, and because two rows above half the budget never share one."""
+    too_long_SWK = tokens_SWK > budget
+    volume_SW = too_long_SWK.sum(2) - (-np.where(too_long_SWK, 0, tokens_SWK).sum(2) // budget)
+    return np.maximum(np.maximum(volume_SW, (2 * tokens_SWK > budget).sum(2)).max(1), 1)
 
 
 def pack_in_order(num_tokens: np.ndarray, budget: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,10 +22,10 @@ from tiny_model import (
     tiny_model,
 )
 
-from gpr_dist.data.collate import collate
-from gpr_dist.schema import TokenType
+from gpr_dist.data.collate import JourneyColumns, collate
+from gpr_dist.schema import JOURNEY_SCHEMA, TokenType
 
-BOTH = pytest.mark.parametrize("attention", ["sdpa", "reference"])
+BOTH = pytest.mark.parametrize("attention", ["torch", "reference"])
 
 
 def attention_of(name, **ptd):
@@ -35,7 +36,7 @@ def outputs(model, batch):
     """Intents [T, D], logits [N, L, V], values [N, L+1]."""
     with torch.no_grad():
         out = model(batch)
-        return model(batch, task="encode").hidden_TD, out.logits_NLV, out.values_NL1
+        return model(batch, task="encode").intents.hidden_TD, model(batch, task="logits"), out.values_NL1
 
 
 def single_rows(*seeds):
@@ -146,7 +147,7 @@ def slow_norm(norm, x, c):
 
 
 def slow_projections(layer, x, kinds, batch):
-    heads, width = layer.num_heads, x.shape[1]
+    heads, width = layer.config.num_heads, x.shape[1]
     half = width // heads // 2
     normed = torch.stack([slow_norm(layer.norm_in, x[i], c) for i, c in enumerate(kinds)])
     q, k, v, u = F.silu(normed @ layer.qkvu.weight.T).split(width, dim=1)
@@ -186,12 +187,12 @@ def slow_decoder(model, x, intents):
     return torch.stack([table[level * size : (level + 1) * size] @ scaled[level] + model.codes.bias_LV[level] for level in range(L)])
 
 
-@pytest.mark.parametrize(("attention", "window"), [("sdpa", 0), ("reference", 0), ("sdpa", 3)])
+@pytest.mark.parametrize(("attention", "window"), [("torch", 0), ("reference", 0), ("torch", 3)])
 def test_logits_and_gradients_equal_the_slow_version(attention, window):
     model, batch = tiny_model(torch.float64, **attention_of(attention, intent_window=window)), random_batch(1, num_rows=2, max_blocks=4)
     batch = reorder_targets(batch, torch.randperm(len(batch.target_head_N), generator=torch.Generator().manual_seed(0)))
     trained = [p for name, p in model.named_parameters() if not name.startswith("hte.")]
-    found, expected = model(batch).logits_NLV, slow_logits(model, batch)
+    found, expected = model(batch, task="logits"), slow_logits(model, batch)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # the angles and the reference's softmax are float32
     direction = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     slow = torch.autograd.grad(expected, trained, direction)
@@ -256,7 +257,8 @@ def without_targets(batch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_empty_batch_gives_every_parameter_a_zero_gradient(attention, features, dtype):
     model = tiny_model(dtype, **attention_of(attention), num_user_features=features, num_env_features=features)
-    of_the_loader = collate([], np.zeros(0, np.int64), np.zeros((100, L), np.int64), P, features, features)
+    none = JourneyColumns.of(pa.RecordBatch.from_pylist([], JOURNEY_SCHEMA)).take(np.zeros(0, np.int64))
+    of_the_loader = collate(none, np.zeros(0, np.int64), np.zeros((100, L), np.int64), P, features, features)
     for batch in (empty_batch(num_fields=features), of_the_loader):
         loss, gradients = loss_and_gradients(model, [batch], 10)
         assert loss == 0 and all(not gradient.any() for gradient in gradients.values())
@@ -331,10 +333,10 @@ def test_in_bf16_everything_stays_bf16_and_close_to_float32(attention):
 def test_decoding_code_by_code_equals_teacher_forcing(dtype):
     model, batch = tiny_model(dtype), random_batch(5)
     with torch.no_grad():
-        expected = model(batch).logits_NLV.float().log_softmax(-1)
-        intents = model(batch, task="encode")
+        expected = model(batch, task="logits").float().log_softmax(-1)
+        opening = model(batch, task="encode")
         for level in range(L):
-            found = model(batch, task="decode", intents=intents, request_N=batch.target_request_N, head_N=batch.target_head_N,
+            found = model(batch, task="decode", opening=opening, request_N=batch.target_request_N, head_N=batch.target_head_N,
                           prefix_Nl=batch.target_codes_NL[:, :level])
             assert found.dtype == torch.float32 and batch.target_head_N.max() == P - 1
             torch.testing.assert_close(found, expected[:, level], rtol=0, atol=1e-5 if dtype == torch.float32 else 0.15)

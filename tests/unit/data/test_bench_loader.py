@@ -10,6 +10,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[3] / "launch"))
 import bench_loader
 
+from gpr_dist.data.collate import JourneyColumns
+
 
 def test_contenders_deliver_everything(tmp_path, capsys):
     out = str(tmp_path / "out.json")
@@ -26,10 +28,6 @@ def test_minimal_and_peer_batches_hold_the_same_tokens(tmp_path):
     journeys = bench_loader.generate_journeys(config)
     views = bench_loader._RowViews(journeys)
     peer = next(bench_loader.pack((views[i] for i in range(100)), 10**9))
-    from gpr_dist.data.collate import JourneyColumns
-    from gpr_dist.data.loader import HeldRows
-
-    held = HeldRows(None, np.array([0]), np.array([100]), JourneyColumns.of(journeys))
-    ours = bench_loader._columns_only(held, np.arange(100))
+    ours = bench_loader._columns_only(JourneyColumns.of(journeys.select(bench_loader.OUR_COLUMNS)).take(np.arange(100)), np.arange(100))
     assert peer.keys() == ours.keys()
     assert all(peer[k].dtype == ours[k].dtype and torch.equal(torch.nan_to_num(peer[k]), torch.nan_to_num(ours[k])) for k in ours)

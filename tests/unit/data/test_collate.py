@@ -21,7 +21,7 @@ PLAIN_FIELDS = [field for field in dataclasses.fields(Batch) if field.name != "t
 
 def pack(batch, rows, num_heads=4):
     rows = np.asarray(rows, dtype=np.int64)
-    return collate([(batch, rows)], rows + 1000, CODES, num_heads, **WIDTHS)
+    return collate(JourneyColumns.of(batch).take(rows), rows + 1000, CODES, num_heads, **WIDTHS)
 
 
 def obvious(rows: list[dict], row_ids: list[int], num_heads: int) -> dict[str, list]:
@@ -89,17 +89,25 @@ def test_lookahead_is_label_only():
     assert different == {"target_item_N", "target_codes_NL"}
 
 
-def test_slices_parts_and_views_give_the_same_batch():
+def test_slices_and_views_give_the_same_batch():
     journeys = random_journeys(50, 1)
     whole = pack(journeys, np.arange(10, 40))
-    cut = [(journeys.slice(10, 12), np.arange(12)), (journeys.slice(5, 40), np.zeros(0, np.int64)),
-           (JourneyColumns.of(journeys.slice(20)), np.arange(2, 20))]
-    pieces = collate(cut, np.arange(10, 40) + 1000, CODES, 4, **WIDTHS)
-    for field in PLAIN_FIELDS:
-        name = field.name
-        if "_N" in name:  # targets are sorted by head over the whole batch either way
-            assert len(getattr(whole, name)) == len(getattr(pieces, name))
-        assert torch.equal(torch.nan_to_num(getattr(whole, name)), torch.nan_to_num(getattr(pieces, name))), name
+    of_a_slice = JourneyColumns.of(journeys.slice(5, 40)).take(np.arange(5, 35))
+    of_views = JourneyColumns.of(journeys).take(np.arange(3, 45)).slice(7, 37)
+    for columns in (of_a_slice, of_views):
+        other = collate(columns, np.arange(10, 40) + 1000, CODES, 4, **WIDTHS)
+        for field in PLAIN_FIELDS:
+            assert torch.equal(torch.nan_to_num(getattr(whole, field.name)), torch.nan_to_num(getattr(other, field.name))), field.name
+
+
+def test_columns_may_be_left_out():
+    journeys = random_journeys(30, 2)
+    rows = np.random.default_rng(0).permutation(30)
+    some = JourneyColumns.of(journeys.select(["num_context", "num_lookahead", "token_type", "item", "value"])).take(rows).slice(4, 20)
+    every = JourneyColumns.of(journeys).take(rows).slice(4, 20)
+    assert some.tokens.keys() == {"token_type", "item", "value"} and not some.sides
+    assert all(np.array_equal(values, every.tokens[name], equal_nan=True) for name, values in some.tokens.items())
+    assert np.array_equal(some.token_offsets, every.token_offsets)
 
 
 def test_permuting_rows_changes_nothing_but_the_order():
@@ -120,7 +128,7 @@ def test_permuting_rows_changes_nothing_but_the_order():
 
 
 def test_empty_batch_has_every_shape():
-    batch = collate([], np.zeros(0, np.int64), CODES, 4, **WIDTHS)
+    batch = pack(random_journeys(5), [])
     assert (batch.num_rows, batch.num_tokens, batch.num_targets) == (0, 0, 0)
     assert batch.user_features_UF.shape == (0, 2) and batch.env_features_EF.shape == (0, 3)
     assert batch.codes_TL.shape == (0, 3) and batch.target_codes_NL.shape == (0, 3)
@@ -136,7 +144,8 @@ def test_item_outside_the_catalogue_is_named(where):
     rows[bad]["item"][position] = NUM_ITEMS + 5
     batch = pa.RecordBatch.from_pylist(rows, JOURNEY_SCHEMA)
     with pytest.raises(DataError, match=rf"part-00000.arrow row {bad}: item 55 .* catalogue has {NUM_ITEMS} items"):
-        collate([(batch, np.arange(20))], np.arange(20), CODES, 4, **WIDTHS, locate=lambda row: f"part-00000.arrow row {row}")
+        collate(JourneyColumns.of(batch).take(np.arange(20)), np.arange(20), CODES, 4, **WIDTHS,
+                locate=lambda row: f"part-00000.arrow row {row}")
 
 
 def test_feature_lists_that_do_not_fit_are_named():

@@ -15,8 +15,8 @@ from gpr_dist.data.loader import LoaderConfig, build_loader, iter_once, prefetch
 from gpr_dist.data.sampler import World
 from gpr_dist.errors import DataError
 from gpr_dist.schema import Batch
-from gpr_dist.tokenizer.fit import fit_tokenizer
 from gpr_dist.tokenizer.config import TokenizerConfig
+from gpr_dist.tokenizer.fit import fit_tokenizer
 
 CODES = np.random.default_rng(0).integers(0, 32, (NUM_ITEMS, 3))
 CONFIG = LoaderConfig(seed=5, global_batch_size=24, num_streams=8, shuffle_rows=12, micro_batch_tokens=300)

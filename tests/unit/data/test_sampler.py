@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from gpr_dist.data.sampler import EpochPlan, World, build_sampling, owned_streams, pack_in_order, pack_step, spread, work
+from gpr_dist.data.sampler import EpochPlan, World, build_sampling, owned_streams, pack_in_order, pack_steps, spread, work
 from gpr_dist.errors import ConfigError
 
 
@@ -21,10 +21,12 @@ def build_plan(sampling, num_tokens, rows_per_batch=16, epoch=0):
 
 
 def epoch_steps(plan):
-    for step in range(plan.num_steps):
-        if step % plan.steps_per_window == 0:
-            window = plan.window(step // plan.steps_per_window)
-        yield plan.step_rows(window, step)
+    for number in range(plan.num_windows):
+        yield from zip(*plan.window(number), strict=True)
+
+
+def pack_step(rows, tokens, world, budget):
+    return pack_steps(rows[None], tokens[None], world, budget, 4096)[0]
 
 
 @pytest.mark.parametrize("num_rows", [1, 7, 64, 999, 1000, 1001, 4097])
@@ -44,7 +46,7 @@ def test_ranks_share_a_step_whatever_their_number(world_size):
     num_tokens, budget = lengths(2000), 900
     plan = build_plan(build_sampling(1, 48, world_size, budget, 24, 32), num_tokens)
     for rows, tokens in epoch_steps(plan):
-        packed = [pack_step(rows, tokens, World(rank, world_size), budget, 4096) for rank in range(world_size)]
+        packed = [pack_step(rows, tokens, World(rank, world_size), budget) for rank in range(world_size)]
         assert len({len(micro_batches) for micro_batches in packed}) == 1
         together = np.concatenate([row for micro_batches in packed for row in micro_batches])
         assert sorted(together.tolist()) == sorted(rows[rows >= 0].tolist())
@@ -56,7 +58,7 @@ def test_ranks_share_a_step_whatever_their_number(world_size):
 
 def test_journeys_longer_than_the_budget_are_alone():
     tokens = np.array([[50, 3000, 20, 10, 2000, 30]])
-    bins = pack_step(np.arange(6)[None], tokens, World(), 100, 4096)
+    bins = pack_step(np.arange(6)[None], tokens, World(), 100)
     assert sorted(sorted(rows.tolist()) for rows in bins if tokens[0, rows].max() > 100) == [[1], [4]]
     assert sorted(row for rows in bins if tokens[0, rows].max() <= 100 for row in rows) == [0, 2, 3, 5]
     assert all(tokens[0, rows].sum() <= 100 or len(rows) == 1 for rows in bins)
@@ -66,7 +68,7 @@ def test_packing_is_near_the_lower_bound():
     rng = np.random.default_rng(0)
     for _ in range(20):
         tokens = lengths(512, seed=int(rng.integers(1000)))[None]
-        bins = pack_step(np.arange(512)[None], tokens.astype(np.int64), World(), 4096, 4096)
+        bins = pack_step(np.arange(512)[None], tokens.astype(np.int64), World(), 4096)
         lower = int(np.ceil(tokens.sum() / 4096))
         assert len(bins) <= lower + 1 + lower // 16
         loads = np.array([work(tokens[0, rows], 4096).sum() for rows in bins])
@@ -74,8 +76,22 @@ def test_packing_is_near_the_lower_bound():
 
 
 def test_spread_refuses_too_few_bins():
-    assert spread(np.array([[60, 60, 60]]), 2, 100, 4096) is None
-    assert sorted(spread(np.array([[60, 60, 60]]), 3, 100, 4096)[0].tolist()) == [0, 1, 2]
+    rows = np.array([[60, 60, 60], [90, 50, 40], [500, 90, 0], [500, 90, 50], [500, 500, 0], [500, 500, 500]])
+    assert spread(rows, 2, 100, 4096)[1].tolist() == [False, True, True, False, True, False]
+    bins, fits = spread(rows, 3, 100, 4096)
+    assert fits.all() and sorted(bins[0].tolist()) == sorted(bins[3].tolist()) == sorted(bins[5].tolist()) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 4])
+@pytest.mark.parametrize("budget", [300, 900, 4000])
+def test_steps_are_packed_together_as_each_alone(world_size, budget):
+    plan = build_plan(build_sampling(1, 60, 1, budget, 12, 40), lengths(500, cap=1000))
+    for number in range(plan.num_windows):
+        rows, tokens = plan.window(number)
+        for rank in range(world_size):
+            world = World(rank, world_size)
+            for packed, *step in zip(pack_steps(rows, tokens, world, budget, 4096), rows, tokens, strict=True):
+                assert [batch.tolist() for batch in packed] == [batch.tolist() for batch in pack_step(*step, world, budget)]
 
 
 def test_order_depends_on_seed_and_epoch_only():
@@ -127,10 +143,8 @@ def test_planning_scales():
     plan = EpochPlan(sampling, np.arange(num_batches) * rows_per_batch, np.full(num_batches, rows_per_batch), num_tokens, 0)
     assert time.process_time() - started < 10
     started = time.process_time()
-    window = plan.window(1000)
-    for step in range(1000 * plan.steps_per_window, 1001 * plan.steps_per_window):
-        rows, tokens = plan.step_rows(window, step)
-        assert sum(map(len, pack_step(rows, tokens, World(513, 1024), 16384, 4096))) == 4
+    steps = pack_steps(*plan.window(1000), World(513, 1024), 16384, 4096)
+    assert len(steps) == plan.steps_per_window and all(sum(map(len, packed)) == 4 for packed in steps)
     assert (time.process_time() - started) / plan.steps_per_window < 0.02
 
 
