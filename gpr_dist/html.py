@@ -28,7 +28,8 @@ _STYLE = {
 }
 
 
-class Alarm(NamedTuple):
+@dataclass(frozen=True)
+class Alarm:
     """Something a person must look at: what was found, and what to do."""
 
     found: str
@@ -41,6 +42,12 @@ class Tile(NamedTuple):
     label: str
     value: str
     note: str = ""
+
+
+class Mark(str):
+    """A cell in the colour of alarms."""
+
+    marked = True
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,7 @@ def draw(paint: Callable[[Axes], None], caption: str, width: float = 5.4, height
         buffer = io.StringIO()
         canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg"):]
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg"):])  # names nothing refers to, the same in every drawing
     svg = re.sub("|".join(_STAND_INS), lambda match: _STAND_INS[match[0]], svg)
     return Figure(svg, caption)
 
@@ -127,7 +134,11 @@ _PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True
 {% for name in part.columns %}<th class="{{ part.align[loop.index0:loop.index] or 'r' }}">{{ name }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for row in part.rows %}
-<tr>{% for cell in row %}<td class="{{ part.align[loop.index0:loop.index] or 'r' }}">{{ cell }}</td>{% endfor %}</tr>
+<tr>
+{% for cell in row %}
+<td class="{{ part.align[loop.index0:loop.index] or 'r' }}{{ ' marked' if cell.marked is defined }}">{{ cell }}</td>
+{% endfor %}
+</tr>
 {% endfor %}
 </tbody></table></div>
 {% else %}
@@ -167,7 +178,8 @@ figcaption { font-size: .86rem; padding: .3rem .3rem 0 }
 caption { text-align: left; padding: .6rem .8rem .2rem; font-size: .86rem } th, td { padding: .38rem .8rem; vertical-align: top }
 th { font-weight: 600; color: var(--soft); border-bottom: 1px solid var(--line); vertical-align: bottom }
 tbody tr + tr td { border-top: 1px solid var(--line) }
-.l { text-align: left } td.l { overflow-wrap: anywhere } .r { text-align: right } td.r { white-space: nowrap }
+.l { text-align: left } td.l { overflow-wrap: break-word } .marked { color: var(--alarm); font-weight: 600 }
+.r { text-align: right } td.r { white-space: nowrap }
 details { margin: .5rem 0; padding: 0 .9rem } summary { cursor: pointer; padding: .5rem 0; overflow-wrap: anywhere }
 details[open] { padding-bottom: .4rem }
 details .scroll { border: 0; margin: 0 } details th, details td { padding: .25rem .5rem } p { max-width: 75ch }

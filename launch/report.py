@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from pydantic import Field
 
 from data_pipeline.tokenize_items import FitTokenizerConfig, catalogue_table, open_catalogue
@@ -15,8 +16,10 @@ from gpr_dist.config import Config, parse_cli, to_yaml
 from gpr_dist.data.counts import count_ads
 from gpr_dist.data.reader import ShardReader
 from gpr_dist.data.sampler import World
-from gpr_dist.errors import ConfigError, run_cli
+from gpr_dist.errors import ConfigError, TokenizerError, run_cli
 from gpr_dist.html import Alarm
+from gpr_dist.tokenizer.drift import DriftConfig
+from gpr_dist.tokenizer.drift_page import format_drift, write_drift
 from gpr_dist.tokenizer.report import ReportConfig, read_embeddings, read_items
 from gpr_dist.tokenizer.report_page import format_text, write_report
 from gpr_dist.tokenizer.semantic_ids import SemanticIds
@@ -53,6 +56,62 @@ def report_tokenizer(config: TokenizerReportConfig) -> tuple[Alarm, ...]:
     return report.alarms
 
 
+class DriftReportConfig(Config):
+    """Which items are compared with those a tokenizer was fitted on."""
+
+    tokenizer: Path = Path("data/complete_journey/tokenizer")
+    """folder of the bundle"""
+    data: Path | None = None
+    """data folder whose grown catalogue the bundle encodes (launch/fit_tokenizer.py --append): the items that the fit did not see"""
+    embeddings: Path | None = None
+    """.npy of today's items, made like those of the fit; with data: of its whole catalogue, none = its appended_embeddings.npy"""
+    training_embeddings: Path | None = None
+    """.npy of the items of the fit; none = embeddings.npy beside the bundle's folder if it has their number, else what the fit stored"""
+    drift: DriftConfig = DriftConfig()
+    """alarm thresholds"""
+    report_folder: Path | None = None
+    """where drift.json and drift.html go; none = the bundle's folder"""
+
+
+def report_drift(config: DriftReportConfig) -> tuple[Alarm, ...]:
+    """Compare today's items with the training items of a bundle. Returns: the alarms."""
+    bundle = SemanticIds.load(config.tokenizer)
+    embeddings_nD, items = open_today(config, bundle)
+    folder = config.report_folder or config.tokenizer
+    report = write_drift(folder, bundle, embeddings_nD, config.drift, open_training(config, bundle), items)
+    print(f"{format_drift(report)}\n{folder / 'drift.html'}")
+    return report.alarms
+
+
+def open_today(config: DriftReportConfig, bundle: SemanticIds) -> tuple[np.ndarray, pa.Table | None]:
+    """Embeddings of today's items and, where there is a catalogue, its rows."""
+    if config.data is None:
+        if config.embeddings is None:
+            raise ConfigError("give data=FOLDER with a grown catalogue or embeddings=FILE.npy of the items to compare")
+        return read_embeddings(config.embeddings), None
+    catalogue = open_catalogue(config.data)
+    bundle.check_catalogue(catalogue.fingerprint, str(catalogue.folder))
+    first = bundle.report.num_items if bundle.report else bundle.num_items
+    if catalogue.num_items <= first:
+        raise TokenizerError(f"{catalogue.folder} has no items that tokenizer {config.tokenizer} was not fitted on; give a data folder "
+                             "with a grown catalogue, or embeddings=FILE.npy of the items to compare")
+    path = config.embeddings or config.data / "appended_embeddings.npy"
+    embeddings_ND = read_embeddings(path)
+    if len(embeddings_ND) != catalogue.num_items:
+        raise TokenizerError(f"{path} has {len(embeddings_ND):,} embeddings, {catalogue.folder} {catalogue.num_items:,} items; make them "
+                             "anew with launch/fit_tokenizer.py --append")
+    return embeddings_ND[first:], read_items(catalogue_table(catalogue)).slice(first)
+
+
+def open_training(config: DriftReportConfig, bundle: SemanticIds) -> np.ndarray | None:
+    """Embeddings of the items of the fit, as given or as found beside the bundle's folder."""
+    if config.training_embeddings is not None:
+        return read_embeddings(config.training_embeddings)
+    beside = config.tokenizer.resolve().parent / "embeddings.npy"
+    found_ND = read_embeddings(beside) if beside.exists() else None
+    return found_ND if found_ND is not None and bundle.report and len(found_ND) == bundle.report.num_items else None
+
+
 def count_shown(shards: Path, bundle: SemanticIds, max_tokens: int) -> np.ndarray | None:
     """Times each ad was shown in (a part of) the training journeys; none without them."""
     if not max_tokens or not (shards / "manifest.json").is_file():
@@ -64,6 +123,7 @@ def count_shown(shards: Path, bundle: SemanticIds, max_tokens: int) -> np.ndarra
 
 COMMANDS: dict[str, tuple[type[Config], Path | None, Callable, str]] = {
     "tokenizer": (TokenizerReportConfig, DEFAULT_CONFIG, report_tokenizer, "quality of a tokenizer bundle on its catalogue, with alarms"),
+    "drift": (DriftReportConfig, None, report_drift, "today's items beside those a tokenizer was fitted on, with alarms"),
 }
 
 

@@ -358,4 +358,5 @@ def _collision_cure(sets: list[ItemSet], config: ReportConfig) -> str:
     stated = " and ".join(f"{floor:.1%} of {name}" for name, floor in floors)
     if any(floor > config.max_collision / 2 for _, floor in floors):
         return f"Identical embeddings alone make {stated} collide, whatever the codebook: give embeddings that tell items apart."
-    return "Raise tokenizer.codebook_size or tokenizer.num_levels" + (f"; identical embeddings make only {stated} collide." if stated else ".")
+    because = f"; identical embeddings make only {stated} collide" if stated else ""
+    return f"Raise tokenizer.codebook_size or tokenizer.num_levels{because}."

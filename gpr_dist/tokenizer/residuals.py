@@ -29,7 +29,8 @@ class Residuals(NamedTuple):
     error_std_L: np.ndarray  # standard deviation of the same over the items
     part_error_L: np.ndarray | None  # error_L of the items of `part_N`
     distance_LQ: np.ndarray  # QUANTILES of ‖R^l - c^l‖, the distance to the nearest code, in the space the codes live in
-    sampled_distance_nL: np.ndarray  # float32, of every k-th item
+    sampled_distance_nL: np.ndarray  # float32, of every `stride`-th item
+    stride: int
     hash_N: np.ndarray  # uint64; equal for items whose embeddings are equal
 
 
@@ -77,6 +78,7 @@ def measure_residuals(embeddings_ND: np.ndarray, codes_NL: np.ndarray, quantizer
         part_error_L=part_L / max(1, int(part_N.sum())) / unit if part_N is not None else None,
         distance_LQ=np.quantile(sampled_nL, QUANTILES, axis=0).T,
         sampled_distance_nL=sampled_nL,
+        stride=stride,
         hash_N=hash_N,
     )
 
