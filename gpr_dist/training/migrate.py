@@ -169,6 +169,7 @@ def _copy_rank_file(source: Path, target: Path, old_size: dict[str, int], new_si
     with open(source, "rb") as old, open(target, "wb") as new:
         new.write(_LENGTH.pack(len(text)) + text)
         new.truncate(start + at)
+        bar.update(entries[0].begin)
         for entry, key, position in planned:
             if key == entry.name:
                 old.seek(entry.begin)

@@ -6,11 +6,14 @@ import shutil
 import subprocess
 import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
-from pretrain_runs import logged_losses, run_pretraining
+from pretrain_runs import logged_losses, run_pretraining, write_configs
 from ranks import ROOT
 
+from data_pipeline.build import BuildConfig, build_data
 from data_pipeline.tokenize_items import FitTokenizerConfig, build_tokenizer
 from gpr_dist.config import load_config
 from gpr_dist.tokenizer.semantic_ids import SemanticIds
@@ -77,6 +80,34 @@ def test_a_run_goes_on_with_the_refitted_tokenizer(tiny, trained, refit, tmp_pat
                        "settings.ks=[2]", "baselines=false")
     assert evaluated.returncode == 0, evaluated.stderr
     assert json.loads((runs / "daily-2" / "evaluation-test.json").read_text())["results"]
+
+
+@pytest.fixture(scope="module")
+def grown(tiny, tmp_path_factory):
+    """The same users see 30 new ads: another data set, whose catalogue continues the old one, and a tokenizer fitted on it."""
+    folder = tmp_path_factory.mktemp("grown")
+    shutil.copytree(tiny / "logs", folder / "logs")
+    ads = pq.read_table(folder / "logs" / "ads.parquet")
+    new = ads.slice(0, 300).set_column(1, "item", pa.array([f"ad-new-{n % 30}" for n in range(300)]))
+    pq.write_table(pa.concat_tables([ads, new]), folder / "logs" / "ads.parquet")
+    write_configs(folder)
+    values = yaml.safe_load((folder / "build.yaml").read_text()) | {"catalogue": {"base": str(tiny / "data" / "catalogue")}}
+    (folder / "build.yaml").write_text(yaml.safe_dump(values))
+    build_data(load_config(BuildConfig, folder / "build.yaml"))
+    bundle = build_tokenizer(load_config(FitTokenizerConfig, folder / "tokenizer.yaml", ["embedding.max_missing_frac=0.2"]))
+    assert bundle.num_items == SemanticIds.load(tiny / "data" / "tokenizer").num_items + 30
+    return folder / "data"
+
+
+def test_a_run_goes_on_with_a_grown_catalogue(trained, grown, tmp_path):
+    overrides = [f"checkpoint={trained}", f"tokenizer={grown}/tokenizer", "out=runs/grown"]
+    without = launch("migrate", tmp_path, *overrides)
+    assert without.returncode == 2 and "is of catalogue" in without.stderr, without.stderr
+    done = launch("migrate", tmp_path, *overrides, f"data={grown}")
+    assert done.returncode == 0 and done.stdout.startswith("250 common items, "), done.stderr
+    run_pretraining(tmp_path / "job", [f"data.folder={grown}", f"run.folder={tmp_path}/runs", "run.name=grown", "validation.max_rows=4",
+                                       f"train.schedule.num_steps={AT + MORE}", "train.schedule.shape=constant"], ranks=1)
+    assert sorted(logged_losses(tmp_path / "runs" / "grown")) == list(range(AT + 1, AT + MORE + 1))
 
 
 def test_what_cannot_be_migrated_is_one_line(tiny, trained, refit, tmp_path):
