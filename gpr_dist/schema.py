@@ -167,6 +167,7 @@ class Batch:
     target_pctr_N: Tensor  # float32
     target_pcvr_N: Tensor  # float32
     target_offset_NLV: Tensor | None = None  # float32, added to the logits; -inf = not legal (gpr_dist/data/legal.py); None = all codes
+    knowledge_BmE: Tensor | None = None  # float32 [B, m, E], external knowledge of each row's user, 0 = none; None = the shards have none
 
     @property
     def num_rows(self) -> int:

@@ -77,13 +77,15 @@ def look_at_data(config: PlanConfig) -> tuple[PlanConfig, np.ndarray, float, str
 def step_work(model: GPRConfig, rows: int, tokens_per_row: np.ndarray, targets_per_row: float) -> Work:
     """Expected work of one optimizer step over `rows` journeys.
 
-    A decoder position reads half of its journey on average, longer journeys having more of them.
+    A decoder position reads half of its journey on average, longer journeys having more of them. Head 0 has a target for every ad, every
+    other head one per request.
     """
     tokens = tokens_per_row.astype(float)
     mean, mean_square = tokens.mean(), (tokens**2).mean()
-    decoded = rows * targets_per_row * model.num_levels * (1 + (model.num_mtp_heads - 1) / ADS_PER_REQUEST)
+    requests = rows * targets_per_row / ADS_PER_REQUEST
+    openings, targets = requests * model.num_mtp_heads, rows * targets_per_row + requests * (model.num_mtp_heads - 1)
     intents = min(mean_square / mean / 2, model.ptd.intent_window or np.inf)
-    return Work(int(rows * mean), int(rows * mean_square / 2), int(decoded), int(decoded * intents))
+    return Work(int(rows * mean), int(rows * mean_square / 2), int(openings), int(openings * intents), int(targets), int(targets * intents))
 
 
 def print_memory(config: PlanConfig, work: Work) -> None:
@@ -94,7 +96,7 @@ def print_memory(config: PlanConfig, work: Work) -> None:
     for part, count in [*counts.items(), ("all", total)]:
         print(f"{part:>12} {count:>16,}")
     micro_batch = min(config.data.loader.micro_batch_tokens, max(1, work.tokens))
-    activations = activation_bytes(config.model, micro_batch, work.decoded / max(1, work.tokens), engine.precision)
+    activations = activation_bytes(config.model, work, micro_batch / max(1, work.tokens), engine.precision)
     print(f"\nmemory per rank of {ranks}, {engine.precision}, GiB (training state + activations, the latter estimated)")
     for stage in range(4):
         states = state_bytes(total, stage, ranks, engine.precision)

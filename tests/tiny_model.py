@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gpr_dist.model.gpr import GPR, GPRConfig
-from gpr_dist.objectives.mtp import code_nll, mtp_loss, uniform_head_weights, value_loss
+from gpr_dist.objectives.mtp import mtp_loss, refining_loss, uniform_head_weights, value_loss
 from gpr_dist.schema import Batch
 
 # T packed tokens  N targets
@@ -29,13 +29,13 @@ def tiny_model(dtype: torch.dtype = torch.float32, hsd: dict | None = None, ptd:
 
 
 def loss_share(model: nn.Module, batch: Batch, num_targets: int, value_weight: float = 0.1) -> Tensor:
-    """The training objective without an engine; values and logits stay in the model's precision."""
+    """The training objective without an engine; values stay in the model's precision."""
     output, weights = model(batch), uniform_head_weights(P)
-    nll = code_nll(output.logits_NLV, batch.target_codes_NL)
-    if output.logits_NLV.dtype == torch.float64:  # code_nll is float32 on purpose; the laws are tighter in float64
-        nll = -output.logits_NLV.log_softmax(-1).gather(2, batch.target_codes_NL[:, :, None]).squeeze(2)
     values = value_loss(output.values_NL1, batch.target_value_N, batch.target_head_N, weights, num_targets)
-    return mtp_loss(nll, batch.target_head_N, weights, num_targets) + value_weight * values
+    loss = mtp_loss(output.nll_NL, batch.target_head_N, weights, num_targets) + value_weight * values
+    if output.refining_N is not None:
+        loss = loss + 0.1 * refining_loss(output.refining_N, batch.target_head_N, weights, num_targets)
+    return loss
 
 
 def loss_and_gradients(model: nn.Module, batches: Sequence[Batch], num_targets: int) -> tuple[Tensor, dict[str, Tensor]]:

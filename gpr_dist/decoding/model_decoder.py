@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpr_dist.model.ptd import Intents
+from gpr_dist.model.ptd import Opening
 from gpr_dist.schema import Batch
 
 
@@ -17,10 +17,10 @@ class ModelDecoder:
         self.model, self.device, self.head = model, device, head
         self._batch: Batch | None = None
 
-    def start(self, batch: Batch) -> Intents:
+    def start(self, batch: Batch) -> Opening:
         self._batch = batch.to(self.device)
-        return self.model(self._batch, task="encode")
+        return self.model(self._batch, task="encode", heads=(self.head,))
 
-    def step_log_probs(self, state: Intents, request_index_N: Tensor, prefix_codes_Nl: Tensor) -> Tensor:
+    def step_log_probs(self, state: Opening, request_index_N: Tensor, prefix_codes_Nl: Tensor) -> Tensor:
         head_N = torch.full_like(request_index_N, self.head)
-        return self.model(self._batch, task="decode", intents=state, request_N=request_index_N, head_N=head_N, prefix_Nl=prefix_codes_Nl)
+        return self.model(self._batch, task="decode", opening=state, request_N=request_index_N, head_N=head_N, prefix_Nl=prefix_codes_Nl)

@@ -4,10 +4,13 @@ U and E tokens: an MLP per type over hashed categorical fields. O and I tokens: 
 action, scene and logged value. All: token type, calendar and the time since the previous token. Positions are the attention's.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from gpr_dist.config import Config
+from gpr_dist.ops.cross_entropy import code_logits, code_nll
 from gpr_dist.schema import Action, Batch, TokenType
 
 # T packed tokens  D width  L levels  V codes per level  UF / EF tokens x fields of U / E
@@ -42,17 +45,20 @@ class CodeEmbedding(nn.Module):
         # Three codes add up to entries of about 1, the size of what a layer adds; smaller ones drown in it and cannot be repeated.
         nn.init.normal_(self.table.weight, std=CODE_STD)
 
-    def forward(self, x: Tensor, task: str = "embed") -> Tensor:
-        """embed: codes [N, l] of the first l levels → [N, l, D]. logits: states [N, l, D] → logits [N, l, V] of the first l levels.
+    def forward(self, x: Tensor, task: str = "embed", **arguments: Any) -> Tensor:
+        """embed: codes [N, l] of the first l levels → [N, l, D]. logits: states [N, l, D] → logits [N, l, V] of the l levels from
+        `first_level`. nll: states [N, L, D] and codes → `ops.cross_entropy.code_nll`.
 
-        Both go through this one call because ZeRO-3 gathers a module's parameters around its forward.
+        All go through this one call because ZeRO-3 gathers a module's parameters around its forward.
         """
-        length = x.shape[1]
         if task == "embed":
-            return self.table(x + torch.arange(length, device=x.device) * self.codebook_size)
+            return self.table(x + torch.arange(x.shape[1], device=x.device) * self.codebook_size)
+        weight_LVD = self.table.weight.unflatten(0, (-1, self.codebook_size))
+        if task == "nll":
+            return code_nll(x, weight_LVD, self.bias_LV, **arguments)
         assert task == "logits", task
-        weight_lVD = self.table.weight.unflatten(0, (-1, self.codebook_size))[:length]
-        return torch.einsum("nld,lvd->nlv", x, weight_lVD) * x.shape[-1] ** -0.5 + self.bias_LV[:length]
+        levels = slice(first := arguments.get("first_level", 0), first + x.shape[1])
+        return code_logits(x, weight_LVD[levels], self.bias_LV[levels])
 
 
 class FieldEmbedding(nn.Module):

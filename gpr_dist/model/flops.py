@@ -19,40 +19,51 @@ TRAINING_FACTOR = 3  # forward + two products in the backward pass
 class Work:
     """Sizes of some training work that decide its cost."""
 
-    tokens: int
-    token_pairs: int  # (query, key) pairs the journey encoder's mask allows, about sum of t²/2
-    decoded: int  # decoder positions: targets x levels
-    decoded_pairs: int  # (decoder position, intent) pairs
+    tokens: int = 0
+    token_pairs: int = 0  # (query, key) pairs the journey encoder's mask allows, about sum of t²/2
+    openings: int = 0  # (request, MTP head) pairs with a target: what all ads of a request share is decoded once for each
+    opening_intents: int = 0  # intents they read, in all
+    targets: int = 0  # of all heads
+    target_intents: int = 0
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(self.tokens + other.tokens, self.token_pairs + other.token_pairs, self.decoded + other.decoded,
-                    self.decoded_pairs + other.decoded_pairs)
+        return Work(*(mine + others for mine, others in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
-def work_of(batch: Batch, num_levels: int, intent_window: int = 0) -> Work:
+def work_of(batch: Batch, num_heads: int, intent_window: int = 0) -> Work:
     """Count a micro-batch; pairs of a prompt with later tokens of its own block are left out (a few per request)."""
     lengths = batch.offsets_B1.diff()
-    site = (batch.request_token_R - batch.offsets_B1[batch.request_row_R] + 1)[batch.target_request_N]
+    site_R = batch.request_token_R - batch.offsets_B1[batch.request_row_R] + 1
     if intent_window:
-        site = site.clamp_max(intent_window)
-    return Work(batch.num_tokens, int((lengths * (lengths + 1) // 2).sum()), num_levels * len(batch.target_head_N),
-                num_levels * int(site.sum()))
+        site_R = site_R.clamp_max(intent_window)
+    openings = torch.unique(batch.target_request_N * num_heads + batch.target_head_N)
+    return Work(batch.num_tokens, int((lengths * (lengths + 1) // 2).sum()), len(openings), int(site_R[openings // num_heads].sum()),
+                len(batch.target_head_N), int(site_R[batch.target_request_N].sum()))
 
 
 def forward_flops(config: GPRConfig, work: Work) -> dict[str, float]:
-    """Forward operations by part."""
+    """Forward operations by part. A token is counted as passing the recursive layers half of the possible times more than once."""
     d, hsd, ptd = config.width, config.hsd, config.ptd
-    hsd_token = 4 * d * d + 2 * d * int(hsd.ffn_multiple * d)
-    ptd_token = (1 + 1 + 3 + 1) * d * d + 2 * d * int(ptd.ffn_multiple * d)
+    inner = int(hsd.ffn_multiple * d)
+    hsd_token = 4 * d * d + (2 * d * inner if inner else d * d)
+    layers = hsd.num_layers if hsd.recursions == 1 else 2 + (hsd.num_layers - 2) * (1 + (hsd.recursions - 1) / 2)
+    position = (1 + 1 + 3 + 1) * d * d + 2 * d * int(ptd.ffn_multiple * d)
+    own, shared = config.num_levels - 1, ptd.num_thinking + 1  # positions of a target and of its opening
+    positions = work.openings * shared + work.targets * own
     hte_target = config.num_levels * (2 * d * d + d) + d * d + d
-    return {
-        "hsd.dense": 2.0 * work.tokens * hsd_token * hsd.num_layers,
-        "hsd.attention": 4.0 * work.token_pairs * d * hsd.num_layers,
-        "ptd.dense": 2.0 * (work.decoded * ptd_token + work.tokens * 2 * d * d) * ptd.num_layers,
-        "ptd.attention": 4.0 * work.decoded_pairs * d * ptd.num_layers,
-        "ptd.codes": 2.0 * work.decoded * d * config.codebook_size,
-        "hte": 2.0 * work.decoded / config.num_levels * hte_target,
+    flops = {
+        "hsd.dense": 2.0 * work.tokens * hsd_token * layers,
+        "hsd.attention": 4.0 * work.token_pairs * d * layers,
+        "ptd.dense": 2.0 * (positions * position + work.tokens * 2 * d * d) * ptd.num_layers,
+        "ptd.attention": 4.0 * (work.opening_intents * shared + work.target_intents * own) * d * ptd.num_layers,
+        "ptd.codes": 2.0 * work.targets * config.num_levels * d * config.codebook_size,
+        "hte": 2.0 * work.targets * hte_target,
     }
+    if ptd.refining:
+        # time embedding, q k v of two tokens, scores, two projections, FFN
+        denoiser = (2 * d + d * d) + 6 * d * d + 4 * d + 2 * d * d + 2 * d * max(d, int(ptd.ffn_multiple * d))
+        flops["ptd.refining"] = 2.0 * ((work.openings * ptd.refining_steps + work.targets) * denoiser + work.openings * d * d)
+    return flops
 
 
 def training_flops(config: GPRConfig, work: Work) -> float:

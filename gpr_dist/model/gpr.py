@@ -7,6 +7,7 @@ root module's call.
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
@@ -14,10 +15,11 @@ from gpr_dist.config import Config
 from gpr_dist.model.embedding import CodeEmbedding, EmbeddingConfig, TokenEmbedding
 from gpr_dist.model.hsd import HSD, HSDConfig
 from gpr_dist.model.hte import HTE
-from gpr_dist.model.ptd import PTD, Intents, PTDConfig, log_probs
+from gpr_dist.model.knowledge import Knowledge, KnowledgeConfig
+from gpr_dist.model.ptd import PTD, Intents, Opening, PTDConfig
 from gpr_dist.schema import Batch
 
-# T packed tokens  D width  R requests  N targets  L levels  V codes per level
+# T packed tokens  D width  R requests  Q openings (request, head)  N targets  L levels  V codes per level
 
 
 class GPRConfig(Config):
@@ -33,6 +35,8 @@ class GPRConfig(Config):
     """journey encoder"""
     ptd: PTDConfig = PTDConfig()
     """code decoder"""
+    knowledge: KnowledgeConfig = KnowledgeConfig()
+    """external knowledge, read by the code decoder"""
     num_levels: int = 3
     """levels L of a semantic ID (from the tokenizer)"""
     codebook_size: int = 256
@@ -55,10 +59,12 @@ class GPRConfig(Config):
 
 @dataclass
 class GPROutput:
-    """What the objectives need."""
+    """What the objectives need, for each target of the batch."""
 
-    logits_NLV: Tensor
+    nll_NL: Tensor  # -log p of every true code, nats
     values_NL1: Tensor  # [N, L+1], log1p units
+    refining_N: Tensor | None  # diffusion loss; none without refining
+    router: Tensor | None  # the router's weighted losses, a mean over the batch's tokens; none without recursion
 
 
 class GPR(nn.Module):
@@ -70,27 +76,49 @@ class GPR(nn.Module):
         self.codes = CodeEmbedding(config.num_levels, config.codebook_size, config.width)
         self.tokens = TokenEmbedding(config.embedding, config.width, config.num_user_features, config.num_env_features)
         self.hsd = HSD(config.width, config.hsd)
-        self.ptd = PTD(config.width, config.num_mtp_heads, config.num_levels, config.ptd)
+        knowledge = Knowledge(config.width, config.knowledge) if config.knowledge.num_vectors else None
+        self.ptd = PTD(config.width, config.num_mtp_heads, config.num_levels, config.ptd, knowledge)
         self.hte = HTE(config.width, config.num_levels)
 
     def forward(self, batch: Batch, task: str = "train", **arguments: Any) -> Any:
-        """task: train → GPROutput for the batch's targets; encode → Intents; decode → log-probabilities of the next code."""
-        if task == "train":
-            return self._train(batch)
-        if task == "encode":
-            return self._encode(batch)
-        assert task == "decode", task
-        return self._decode(**arguments)
+        """train → GPROutput of the batch's targets; logits → theirs [N, L, V]; encode → Opening; decode → log p of the next code."""
+        return {"train": self._train, "logits": self._logits, "encode": self._encode, "decode": self._decode}[task](batch, **arguments)
 
-    def _encode(self, batch: Batch) -> Intents:
-        return Intents(self.hsd(self.tokens(batch, self.codes), batch), batch, self.config.ptd.intent_window)
+    def _read(self, batch: Batch) -> tuple[Intents, Tensor | None]:
+        hidden_TD, router = self.hsd(self.tokens(batch, self.codes), batch)
+        return self.ptd(hidden_TD, task="read", batch=batch), router
+
+    def _targets(self, batch: Batch) -> tuple[Opening, Tensor, Tensor, Tensor | None]:
+        """Opening, code embeddings [N, L, D] and states [N, L, D] of the batch's targets, and the router's loss."""
+        intents, router = self._read(batch)
+        heads = self.config.num_mtp_heads
+        pair_Q = torch.unique(batch.target_request_N * heads + batch.target_head_N)
+        opening = self.ptd(intents, task="open", request_Q=pair_Q // heads, head_Q=pair_Q % heads)
+        code_NLD = self.codes(batch.target_codes_NL)
+        state_NLD = self.ptd(opening, task="generate", request_N=batch.target_request_N, head_N=batch.target_head_N,
+                             prefix_NlD=code_NLD[:, :-1])
+        return opening, code_NLD, state_NLD, router
 
     def _train(self, batch: Batch) -> GPROutput:
-        code_NLD = self.codes(batch.target_codes_NL)
-        state_NLD = self.ptd(self._encode(batch), batch.target_request_N, batch.target_head_N, code_NLD[:, :-1])
-        return GPROutput(self.codes(state_NLD, task="logits"), self.hte(state_NLD, code_NLD))
+        opening, code_NLD, state_NLD, router = self._targets(batch)
+        nll_NL = self.codes(state_NLD, task="nll", codes_NL=batch.target_codes_NL, offset_NLV=batch.target_offset_NLV)
+        refining_N = None
+        if self.config.ptd.refining:
+            refining_N = self.ptd(opening, task="refine", request_N=batch.target_request_N, head_N=batch.target_head_N,
+                                  ad_ND=code_NLD.sum(1))
+        return GPROutput(nll_NL, self.hte(state_NLD, code_NLD), refining_N, router)
 
-    def _decode(self, intents: Intents, request_N: Tensor, head_N: Tensor, prefix_Nl: Tensor) -> Tensor:
-        """Log-probabilities [N, V] of the code after each prefix; requests in any order."""
-        state_NlD = self.ptd(intents, request_N, head_N, self.codes(prefix_Nl))
-        return log_probs(self.codes(state_NlD, task="logits")[:, -1])
+    def _logits(self, batch: Batch) -> Tensor:
+        return self.codes(self._targets(batch)[2], task="logits")
+
+    def _encode(self, batch: Batch, heads: tuple[int, ...] | None = None) -> Opening:
+        """Everything that decoding any request of the batch by these MTP heads (none = all) has in common."""
+        intents, _ = self._read(batch)
+        head_H = torch.tensor(range(self.config.num_mtp_heads) if heads is None else heads, device=intents.hidden_TD.device)
+        request_R = torch.arange(len(batch.request_row_R), device=head_H.device)
+        return self.ptd(intents, task="open", request_Q=request_R.repeat_interleave(len(head_H)), head_Q=head_H.repeat(len(request_R)))
+
+    def _decode(self, batch: Batch, opening: Opening, request_N: Tensor, head_N: Tensor, prefix_Nl: Tensor) -> Tensor:
+        """Log-probabilities [N, V] of the code after each prefix, float32; requests in any order."""
+        state_NlD = self.ptd(opening, task="generate", request_N=request_N, head_N=head_N, prefix_NlD=self.codes(prefix_Nl))
+        return self.codes(state_NlD[:, -1:], task="logits", first_level=prefix_Nl.shape[1])[:, 0].float().log_softmax(-1)

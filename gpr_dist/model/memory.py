@@ -1,6 +1,8 @@
 """Bytes per rank by arithmetic: training state exactly by ZeRO stage, activations as an estimate."""
 
+from gpr_dist.model.flops import Work
 from gpr_dist.model.gpr import GPRConfig
+from gpr_dist.ops.cross_entropy import LOSS_CHUNK_BYTES
 
 # What is kept of a token in one encoder layer, in model widths: input, norm, q k v u before and after SiLU, rotated q and k,
 # attention output, gated output, its grouped copy, FFN output and its norm; the FFN's inner activations come on top.
@@ -20,16 +22,16 @@ def state_bytes(num_parameters: int, zero_stage: int, world_size: int, precision
     return num_parameters * (parameters + gradients + optimizer)
 
 
-def activation_bytes(config: GPRConfig, tokens: int, decoded_per_token: float, precision: str) -> float:
+def activation_bytes(config: GPRConfig, work: Work, share: float, precision: str) -> float:
     """Activations kept for the backward pass of one micro-batch; an estimate that counts the large tensors.
 
-    Args: decoded_per_token: decoder positions (targets x levels) per journey token.
+    Args: work: of a step. share: of it in the micro-batch.
     """
     size = 4 if precision == "fp32" else 2
     d = config.width
     per_layer = d if config.hsd.activation_checkpointing else _HSD_WIDTHS * d + _HSD_INNER * int(config.hsd.ffn_multiple * d)
-    hsd = tokens * per_layer * config.hsd.num_layers
+    hsd = work.tokens * per_layer * config.hsd.num_layers
     ptd_layer = _PTD_WIDTHS * d + _PTD_INNER * int(config.ptd.ffn_multiple * d)
-    decoded = tokens * decoded_per_token
-    logits = decoded * config.codebook_size * (size + 8)  # logits, their float32 copy and its softmax
-    return size * (hsd + decoded * ptd_layer * config.ptd.num_layers + tokens * 2 * d) + logits
+    positions = work.openings * (config.ptd.num_thinking + 1) + work.targets * (config.num_levels - 1)
+    logits = min(share * work.targets * config.num_levels * config.codebook_size * (size + 8), 3 * LOSS_CHUNK_BYTES)
+    return share * size * (hsd + positions * ptd_layer * config.ptd.num_layers + work.tokens * 2 * d) + logits

@@ -1,69 +1,83 @@
-"""PTD, the Progressive Token-wise Decoder: from a request's intents to the codes of an ad, one level after another (GPR §3.2).
+"""PTD, the Progressive Token-wise Decoder: Thinking → Refining → Generation of the codes of an ad (GPR §3.2, Fig. 2a and 2c).
 
-Sequence of a target: [query_p + adapter_p·intent, Emb(z_1), …, Emb(z_{L-1})] → states that predict z_1 … z_L. A block is
-cross-attention to the intents → causal self-attention over the L positions → FFN. Thinking and refining tokens will stand before
-the query's position: `first_input` is their place.
+A sequence belongs to a request and an MTP head: a start (the head's query plus its view of the intent), `num_thinking` latent thinking
+tokens, each made from the one before, and one generation start, whose state predicts z_1. All ads of the request share this opening;
+only Emb(z_1) … Emb(z_{L-1}) are positions of their own, so that a basket costs little more than one ad. A block is cross-attention to
+the intents → causal self-attention → FFN. Keys and values of the intents are projected once per batch and block.
 """
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from gpr_dist.config import Config
-from gpr_dist.ops.attention import intent_mask, jagged_attention
+from gpr_dist.model.knowledge import Knowledge
+from gpr_dist.model.refining import Refiner, clean
+from gpr_dist.ops.attention import Implementation, Spans, hybrid_attention, intent_spans
 from gpr_dist.schema import Batch
 
-# T packed tokens  D width  H heads  K head width  R requests  N targets  P MTP heads  l positions so far  L levels  V codes
+# T packed tokens  B rows  D width  H heads  K head width  R requests  P MTP heads  Q openings (request, head)  N targets
+# m knowledge vectors  l new positions  c cached positions  L levels
 
 
 class PTDConfig(Config):
     """The code decoder."""
 
-    num_layers: int = 1
+    num_layers: int = Field(1, ge=1)
     """blocks"""
-    num_heads: int = 4
+    num_heads: int = Field(4, ge=1)
     """attention heads; must divide the model width"""
-    ffn_multiple: float = 2.0
+    ffn_multiple: float = Field(2.0, gt=0)
     """inner width of the FFN over the model width"""
-    intent_window: int = 0
+    intent_window: int = Field(0, ge=0)
     """tokens before the prediction site that a request reads; 0 = all"""
-    attention: str = "sdpa"
-    """sdpa | reference"""
-
-
-class Intents:
-    """Intents of a batch and how requests look at them; made once per batch, read by every block and level."""
-
-    def __init__(self, hidden_TD: Tensor, batch: Batch, window: int) -> None:
-        self.hidden_TD = hidden_TD
-        self.offsets = batch.offsets_B1.tolist()
-        self.row_R = batch.request_row_R
-        self.site_R = batch.request_token_R - batch.offsets_B1[batch.request_row_R]  # position inside the row
-        self.site_hidden_RD = hidden_TD[batch.request_token_R]
-        self.window = window
-
-    def queries(self, request_N: Tensor) -> "Queries":
-        """Group targets, given in any order, by the row whose intents they read."""
-        num_rows = len(self.offsets) - 1
-        row_N = self.row_R[request_N]
-        order_N = row_N.argsort(stable=True)  # a batch brings them head by head
-        offsets = [0, *torch.bincount(row_N, minlength=num_rows).cumsum(0).tolist()]
-        site = self.site_R[request_N[order_N]]
-        masks = [intent_mask(site[offsets[b] : offsets[b + 1]], self.offsets[b + 1] - self.offsets[b], self.window)
-                 for b in range(num_rows)]
-        return Queries(order_N, order_N.argsort(), offsets, masks)
+    num_thinking: int = Field(0, ge=0)
+    """latent thinking tokens, one after another (the paper draws 3)"""
+    refining: bool = False
+    """whether generation starts from a refining token, a diffusion sample given the thinking tokens"""
+    refining_steps: int = Field(2, ge=1)
+    """DDIM steps of the refining token (2 to 4)"""
+    attention: Implementation = "auto"
+    """auto | torch | flex | triton | reference"""
 
 
 @dataclass
-class Queries:
-    """Targets grouped by row, as the attention wants them."""
+class Cache:
+    """Keys and values of positions already decoded, of one block."""
 
-    order_N: Tensor  # target at each place of the grouped order
-    inverse_N: Tensor  # place of each target
-    offsets: list[int]  # [B+1]
-    masks: list[Tensor]  # B of bool [targets of the row, tokens of the row]
+    k_QcHK: Tensor
+    v_QcHK: Tensor
+
+    def extended(self, k_QlHK: Tensor, v_QlHK: Tensor) -> "Cache":
+        return Cache(torch.cat((self.k_QcHK, k_QlHK), 1), torch.cat((self.v_QcHK, v_QlHK), 1))
+
+    def select(self, index_N: Tensor) -> "Cache":
+        return Cache(self.k_QcHK.index_select(0, index_N), self.v_QcHK.index_select(0, index_N))
+
+
+@dataclass
+class Intents:
+    """What requests are decoded from; made once per batch."""
+
+    hidden_TD: Tensor
+    batch: Batch
+    keys_values: list[tuple[Tensor, Tensor]]  # of each block, [T, H, K]
+    offsets: list[int]
+
+
+@dataclass
+class Opening:
+    """Sequences decoded up to the generation start, [Q] of them in the order of their rows."""
+
+    intents: Intents
+    request_Q: Tensor
+    head_Q: Tensor
+    state_QD: Tensor  # predicts z_1
+    caches: list[Cache]  # of each block
+    condition_QD: Tensor  # C of the refiner
+    place_RP: Tensor  # of the opening of a request and head among the Q; -1 = none
 
 
 class PTDBlock(nn.Module):
@@ -82,61 +96,145 @@ class PTDBlock(nn.Module):
         inner = int(config.ffn_multiple * width)
         self.ffn = nn.Sequential(nn.Linear(width, inner), nn.SiLU(), nn.Linear(inner, width))
 
-    def forward(self, x_NlD: Tensor, intents: Intents, queries: Queries) -> Tensor:
-        x_NlD = x_NlD + self._cross(self.norms[0](x_NlD), intents, queries)
-        x_NlD = x_NlD + self._causal(self.norms[1](x_NlD))
-        return x_NlD + self.ffn(self.norms[2](x_NlD))
+    def forward(self, x: Tensor, task: str = "decode", keys_values: tuple[Tensor, Tensor] | None = None, spans: Spans | None = None,
+                cache: Cache | None = None) -> "tuple[Tensor, Cache] | tuple[Tensor, Tensor]":
+        """decode: new positions [Q, l, D] → the same, and the cache with them. keys_values: intents [T, D] → their keys and values.
+        cache: vectors [Q, c, D] that every later position reads → their self-attention keys and values.
 
-    def _cross(self, x_NlD: Tensor, intents: Intents, queries: Queries) -> Tensor:
-        length = x_NlD.shape[1]
-        q = self.query(x_NlD).flatten(0, 1).unflatten(-1, (self.num_heads, -1))
-        k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in self.key_value(intents.hidden_TD).chunk(2, dim=-1))
-        masks = [mask.repeat_interleave(length, dim=0) for mask in queries.masks]
-        out = jagged_attention(q, k, v, [length * offset for offset in queries.offsets], intents.offsets, masks, self.attention)
-        return self.cross_out(out.flatten(1)).unflatten(0, (-1, length))
+        One call for all because ZeRO-3 gathers a module's parameters around its forward.
+        """
+        if task == "keys_values":
+            return self._heads(self.key_value(x).chunk(2, dim=-1))
+        if task == "cache":
+            return self._heads(self.qkv(self.norms[1](x)).chunk(3, dim=-1)[1:])
+        x = x + self._cross(self.norms[0](x), keys_values, spans)
+        attended, cache = self._causal(self.norms[1](x), cache)
+        x = x + attended
+        return x + self.ffn(self.norms[2](x)), cache
 
-    def _causal(self, x_NlD: Tensor) -> Tensor:
-        # At most L positions: the scores are a few numbers per target, so plain products beat any attention kernel.
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x_NlD).chunk(3, dim=-1))
-        length = x_NlD.shape[1]
-        future = torch.ones(length, length, dtype=torch.bool, device=x_NlD.device).triu(1)
-        scores = (q @ k.transpose(-1, -2)).float() / q.shape[-1] ** 0.5
-        weights = scores.masked_fill(future, float("-inf")).softmax(-1).to(v.dtype)
-        return self.self_out((weights @ v).transpose(1, 2).flatten(2))
+    def _heads(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(part.unflatten(-1, (self.num_heads, -1)) for part in parts)
+
+    def _cross(self, x_QlD: Tensor, keys_values: tuple[Tensor, Tensor], spans: Spans) -> Tensor:
+        (q,) = self._heads((self.query(x_QlD.flatten(0, 1)),))
+        out = hybrid_attention(q, *keys_values, spans, implementation=self.attention)
+        return self.cross_out(out.flatten(1)).unflatten(0, x_QlD.shape[:2])
+
+    def _causal(self, x_QlD: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
+        # A handful of positions: the scores are a few numbers per sequence, so plain products beat any attention kernel.
+        q, k, v = self._heads(self.qkv(x_QlD).chunk(3, dim=-1))
+        cache = Cache(k, v) if cache is None else cache.extended(k, v)
+        length = x_QlD.shape[1]
+        scores = torch.einsum("qlhk,qchk->qhlc", q, cache.k_QcHK).float() * q.shape[-1] ** -0.5
+        if length > 1:
+            future = torch.ones(length, scores.shape[-1], dtype=torch.bool, device=x_QlD.device).triu(1 + scores.shape[-1] - length)
+            scores = scores.masked_fill(future, float("-inf"))
+        weights = scores.softmax(-1).to(v.dtype)
+        return self.self_out(torch.einsum("qhlc,qchk->qlhk", weights, cache.v_QcHK).flatten(2)), cache
 
 
 class PTD(nn.Module):
     """The decoder shared by the P heads; a head differs by its query vector and its linear adapter."""
 
-    def __init__(self, width: int, num_heads_mtp: int, num_levels: int, config: PTDConfig) -> None:
+    def __init__(self, width: int, num_heads_mtp: int, num_levels: int, config: PTDConfig, knowledge: Knowledge | None = None) -> None:
         super().__init__()
         self.config = config
         self.query_PD = nn.Parameter(torch.randn(num_heads_mtp, width) * 0.02)
         self.adapter_PDD = nn.Parameter(torch.eye(width).repeat(num_heads_mtp, 1, 1) + torch.randn(num_heads_mtp, width, width) * 0.02)
-        self.position_LD = nn.Parameter(torch.randn(num_levels, width) * 0.02)
+        self.position_LD = nn.Parameter(torch.randn(config.num_thinking + num_levels, width) * 0.02)
         self.blocks = nn.ModuleList(PTDBlock(width, config) for _ in range(config.num_layers))
+        self.refiner = Refiner(width, config.ffn_multiple, config.refining_steps) if config.refining else None
+        if config.refining:
+            self.refined = nn.Linear(width, width)
+        self.knowledge = knowledge
         self.norm = nn.LayerNorm(width)
 
-    def first_input(self, intents: Intents, request_N: Tensor, head_N: Tensor) -> Tensor:
-        """Input of the first position, [N, D]: the head's query plus its view of the intent at the prediction site."""
-        seen_RPD = torch.einsum("rd,pde->rpe", intents.site_hidden_RD, self.adapter_PDD) + self.query_PD
-        return seen_RPD.flatten(0, 1).index_select(0, request_N * self.query_PD.shape[0] + head_N)
+    def forward(self, intents: "Intents | Opening | Tensor", task: str, **arguments: Tensor) -> "Intents | Opening | Tensor":
+        """read: HSD output → Intents. open: (request, head) pairs → Opening. generate: codes so far → states. refine: diffusion loss.
 
-    def forward(self, intents: Intents, request_N: Tensor, head_N: Tensor, prefix_NlD: Tensor) -> Tensor:
+        One call for all because ZeRO-3 gathers a module's parameters around its forward.
+        """
+        return {"read": self._read, "open": self._open, "generate": self._generate, "refine": self._refine}[task](intents, **arguments)
+
+    def _read(self, hidden_TD: Tensor, batch: Batch) -> Intents:
+        keys_values = [block(hidden_TD, task="keys_values") for block in self.blocks]
+        return Intents(hidden_TD, batch, keys_values, batch.offsets_B1.tolist())
+
+    def _open(self, intents: Intents, request_Q: Tensor, head_Q: Tensor) -> Opening:
+        """Args: request_Q, head_Q: distinct pairs, in any order."""
+        batch, thinking = intents.batch, self.config.num_thinking
+        order_Q = batch.request_row_R[request_Q].argsort(stable=True)
+        request_Q, head_Q = request_Q[order_Q], head_Q[order_Q]
+        place_RP = torch.full((len(batch.request_row_R), len(self.query_PD)), -1, device=request_Q.device)
+        place_RP[request_Q, head_Q] = torch.arange(len(request_Q), device=request_Q.device)
+        spans = self._spans(intents, request_Q, 1)
+        caches: list[Cache | None] = [None] * len(self.blocks)
+        if self.knowledge:
+            vectors_BmD, row_Q = self.knowledge(batch), batch.request_row_R[request_Q]
+            caches = [Cache(*block(vectors_BmD, task="cache")).select(row_Q) for block in self.blocks]
+
+        seen_RPD = torch.einsum("rd,pde->rpe", intents.hidden_TD.index_select(0, batch.request_token_R), self.adapter_PDD) + self.query_PD
+        start_QD = x_QD = seen_RPD.flatten(0, 1).index_select(0, request_Q * len(self.query_PD) + head_Q)
+        thoughts = []
+        for position in range(thinking):
+            x_QD, caches = self._step(x_QD + self.position_LD[position], intents, spans, caches)
+            thoughts.append(x_QD)
+        condition_QD = self.norm(torch.stack(thoughts).sum(0) if thoughts else start_QD)
+        if thinking or self.refiner:
+            x_QD = x_QD + self.query_PD.index_select(0, head_Q)
+        if self.refiner:
+            x_QD = x_QD + self.refined(self.refiner(condition_QD, self._noise_key(batch, request_Q, head_Q)))
+        x_QD, caches = self._step(x_QD + self.position_LD[thinking], intents, spans, caches)
+        return Opening(intents, request_Q, head_Q, self.norm(x_QD), caches, condition_QD, place_RP)
+
+    def _step(self, x_QD: Tensor, intents: Intents, spans: Spans, caches: list[Cache | None]) -> tuple[Tensor, list[Cache]]:
+        x_QlD, caches = self._decode(x_QD[:, None], intents, spans, caches)
+        return x_QlD[:, 0], caches
+
+    def _decode(self, x_QlD: Tensor, intents: Intents, spans: Spans, caches: list[Cache | None]) -> tuple[Tensor, list[Cache]]:
+        grown = []
+        for block, keys_values, cache in zip(self.blocks, intents.keys_values, caches, strict=True):
+            x_QlD, extended = block(x_QlD, keys_values=keys_values, spans=spans, cache=cache)
+            grown.append(extended)
+        return x_QlD, grown
+
+    def _generate(self, opening: Opening, request_N: Tensor, head_N: Tensor, prefix_NlD: Tensor) -> Tensor:
         """Decode targets, in any order.
 
         Args: prefix_NlD: embeddings of the first l codes, l from 0 to L-1.
         Returns: states [N, l+1, D]; position i predicts the code of level i from the codes before it.
         """
-        queries = intents.queries(request_N)
-        x_NlD = torch.cat((self.first_input(intents, request_N, head_N)[:, None], prefix_NlD), dim=1).index_select(0, queries.order_N)
-        length = x_NlD.shape[1]
-        x_NlD = x_NlD + self.position_LD[:length]
-        for block in self.blocks:
-            x_NlD = block(x_NlD, intents, queries)
-        return self.norm(x_NlD).index_select(0, queries.inverse_N)
+        place_N = opening.place_RP[request_N, head_N]
+        first_N1D = opening.state_QD.index_select(0, place_N)[:, None]
+        length = prefix_NlD.shape[1]
+        if length == 0:
+            return first_N1D
+        order_N = place_N.argsort(stable=True)  # openings are in the order of their rows
+        place_N = place_N[order_N]
+        spans = self._spans(opening.intents, opening.request_Q[place_N], length)
+        caches = [cache.select(place_N) for cache in opening.caches]
+        start = self.config.num_thinking + 1
+        x_NlD = prefix_NlD.index_select(0, order_N) + self.position_LD[start:start + length]
+        x_NlD, _ = self._decode(x_NlD, opening.intents, spans, caches)
+        return torch.cat((first_N1D, self.norm(x_NlD).index_select(0, order_N.argsort())), dim=1)
 
+    def _refine(self, opening: Opening, request_N: Tensor, head_N: Tensor, ad_ND: Tensor) -> Tensor:
+        """Diffusion loss [N] of the targets' summed code embeddings."""
+        batch = opening.intents.batch
+        key_N = self._noise_key(batch, request_N, head_N) + batch.target_item_N
+        return self.refiner(opening.condition_QD.index_select(0, opening.place_RP[request_N, head_N]), key_N, clean(ad_ND))
 
-def log_probs(logits: Tensor) -> Tensor:
-    """Log-softmax over the codes, float32 (bf16 keeps two to three digits)."""
-    return F.log_softmax(logits.float(), dim=-1)
+    def _spans(self, intents: Intents, request_Q: Tensor, length: int) -> Spans:
+        """What `length` positions of each sequence read; sequences are in the order of their rows."""
+        batch = intents.batch
+        row_Q = batch.request_row_R[request_Q]
+        counts_B = torch.bincount(row_Q, minlength=len(intents.offsets) - 1)
+        query_offsets = [0, *(length * counts_B.cumsum(0)).tolist()]
+        site_Q, start_Q = (x.repeat_interleave(length) for x in (batch.request_token_R[request_Q], batch.offsets_B1[row_Q]))
+        return intent_spans(site_Q, start_Q, query_offsets, intents.offsets, self.config.intent_window)
+
+    def _noise_key(self, batch: Batch, request_Q: Tensor, head_Q: Tensor) -> Tensor:
+        """A number that belongs to the request and head wherever its row is computed."""
+        row_Q = batch.request_row_R[request_Q]
+        site_Q = batch.request_token_R[request_Q] - batch.offsets_B1[row_Q]
+        return ((batch.row_ids_B[row_Q] * 65_537 + site_Q) * 64 + head_Q) * 1_000_003

@@ -1,4 +1,4 @@
-"""Layers with separate parameters per token type (GPR Fig. 2b, "token-aware" norm and FFN).
+"""Layers with separate parameters per token type (GPR Fig. 2b, "token-aware" norm and FFN), or one set for all types.
 
 Each holds ONE stacked parameter used whatever types a batch contains: under ZeRO-3 a parameter that some ranks skip hangs the job,
 and one that all ranks skip is updated again with a stale gradient. Each token passes through the weights of its own type only.
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gpr_dist.schema import TokenType
 
-# T packed tokens  C token types  D width  F inner width
+# T packed tokens  C token types (1 without token-awareness)  D width  F inner width
 
 NUM_TYPES = len(TokenType)
 
@@ -21,6 +21,7 @@ NUM_TYPES = len(TokenType)
 class TypeGroups:
     """Tokens grouped by type, computed once per batch and shared by all layers."""
 
+    token_type_T: Tensor
     order_T: Tensor  # int64, token at each place of the grouped order
     inverse_T: Tensor  # int64, place of each token in the grouped order
     counts: list[int]  # tokens per type
@@ -32,32 +33,52 @@ class TypeGroups:
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(order.numel(), device=order.device)
         counts = torch.bincount(token_type_T, minlength=NUM_TYPES).tolist()
-        return cls(order, inverse, counts, F.one_hot(token_type_T, NUM_TYPES).to(dtype))
+        return cls(token_type_T, order, inverse, counts, F.one_hot(token_type_T, NUM_TYPES).to(dtype))
+
+    def select(self, index_t: Tensor) -> "TypeGroups":
+        """Of some of the tokens."""
+        return TypeGroups.build(self.token_type_T[index_t], self.one_hot_TC.dtype)
 
 
 class TypedNorm(nn.Module):
-    """LayerNorm whose gain and bias belong to the token's type."""
+    """LayerNorm whose gain and bias belong to the token's type, or to all."""
 
-    def __init__(self, width: int, gain: float = 1.0) -> None:
+    def __init__(self, width: int, gain: float = 1.0, token_aware: bool = True) -> None:
         super().__init__()
-        self.weight_CD = nn.Parameter(torch.full((NUM_TYPES, width), gain))
-        self.bias_CD = nn.Parameter(torch.zeros(NUM_TYPES, width))
+        num_types = NUM_TYPES if token_aware else 1
+        self.weight_CD = nn.Parameter(torch.full((num_types, width), gain))
+        self.bias_CD = nn.Parameter(torch.zeros(num_types, width))
 
     def forward(self, x_TD: Tensor, groups: TypeGroups) -> Tensor:
+        if len(self.weight_CD) == 1:
+            return F.layer_norm(x_TD, x_TD.shape[-1:], self.weight_CD[0], self.bias_CD[0])
         # One-hot products instead of indexing: the backward of an index is a slow scatter-add into four rows.
         normed = F.layer_norm(x_TD, x_TD.shape[-1:])
-        return normed * (groups.one_hot_TC @ self.weight_CD) + groups.one_hot_TC @ self.bias_CD
+        return torch.addcmul(groups.one_hot_TC @ self.bias_CD, normed, groups.one_hot_TC @ self.weight_CD)
 
 
 class TypedFFN(nn.Module):
-    """Two-layer FFN whose weights belong to the token's type; tokens are grouped so that each is computed once."""
+    """Two-layer FFN whose weights belong to the token's type, or to all; tokens are grouped so that each is computed once.
 
-    def __init__(self, width: int, inner: int) -> None:
+    `inner` 0 = a single linear map, HSTU's.
+    """
+
+    def __init__(self, width: int, inner: int, token_aware: bool = True) -> None:
         super().__init__()
-        self.up_CDF = nn.Parameter(torch.randn(NUM_TYPES, width, inner) * width**-0.5)
-        self.down_CFD = nn.Parameter(torch.randn(NUM_TYPES, inner, width) * inner**-0.5)
+        num_types = NUM_TYPES if token_aware else 1
+        if inner:
+            self.up_CDF = nn.Parameter(torch.randn(num_types, width, inner) * width**-0.5)
+        self.down_CFD = nn.Parameter(torch.randn(num_types, inner or width, width) * (inner or width) ** -0.5)
 
     def forward(self, x_TD: Tensor, groups: TypeGroups) -> Tensor:
-        parts = x_TD[groups.order_T].split(groups.counts)
-        outputs = [F.silu(part @ up) @ down for part, up, down in zip(parts, self.up_CDF, self.down_CFD, strict=True)]
-        return torch.cat(outputs)[groups.inverse_T]
+        up = getattr(self, "up_CDF", None)
+        if len(self.down_CFD) == 1:
+            return self._feed(x_TD, None if up is None else up[0], self.down_CFD[0])
+        parts = x_TD.index_select(0, groups.order_T).split(groups.counts)
+        ups = [None] * NUM_TYPES if up is None else up
+        outputs = [self._feed(part, up_DF, down_FD) for part, up_DF, down_FD in zip(parts, ups, self.down_CFD, strict=True)]
+        return torch.cat(outputs).index_select(0, groups.inverse_T)
+
+    @staticmethod
+    def _feed(x_tD: Tensor, up_DF: Tensor | None, down_FD: Tensor) -> Tensor:
+        return (x_tD if up_DF is None else F.silu(x_tD @ up_DF)) @ down_FD

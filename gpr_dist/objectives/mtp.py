@@ -7,22 +7,13 @@ from torch import Tensor
 # N targets (request, head, ad)  P MTP heads  L levels  V codes per level
 
 
-def code_nll(logits_NLV: Tensor, codes_NL: Tensor, offset_NLV: Tensor | None = None) -> Tensor:
-    """-log p of every true code, float32 nats [N, L].
-
-    Args: offset_NLV: added to the logits: -inf where a code is not legal, else 0 or the log of a prior. None = softmax over all codes.
-    """
-    logits_NLV = logits_NLV.float() if offset_NLV is None else logits_NLV.float() + offset_NLV
-    return F.cross_entropy(logits_NLV.transpose(1, 2), codes_NL, reduction="none")
-
-
 def mtp_loss(nll_NL: Tensor, head_N: Tensor, head_weight_P: Tensor, num_targets: int) -> Tensor:
     """Multi-token prediction loss (GPR, arXiv 2511.10138, Eq. 3).
 
         loss = sum_n sum_l head_weight[head_n] * nll_nl / num_targets
 
     Args:
-        nll_NL: from `code_nll`; nats.
+        nll_NL: -log p of every true code (`ops.cross_entropy.code_nll`); nats.
         head_N: 0-based MTP head of each target.
         head_weight_P: simplex over heads, sums to 1.
         num_targets: head-0 targets of the whole step, over all ranks and micro-batches, so that the result does not depend on the split.
@@ -44,6 +35,11 @@ def value_loss(values_NL1: Tensor, value_N: Tensor, head_N: Tensor, head_weight_
     wanted = value_N.nan_to_num(0.0).clamp_min(0).log1p()[:, None].expand_as(values_NL1)
     error = F.smooth_l1_loss(values_NL1, wanted, reduction="none").mean(1)
     return (head_weight_P[head_N] * error * known).sum() / num_targets
+
+
+def refining_loss(refining_N: Tensor, head_N: Tensor, head_weight_P: Tensor, num_targets: int) -> Tensor:
+    """Diffusion loss of the refining token (gpr_spec §3.2), weighted as the targets are. Arguments as in `mtp_loss`."""
+    return (head_weight_P[head_N] * refining_N).sum() / num_targets
 
 
 def uniform_head_weights(num_heads: int, device: torch.device | str = "cpu") -> Tensor:

@@ -162,7 +162,7 @@ class StepResult:
 def train_step(engine: Engine, data: Step, objective: Objective, model: GPRConfig, lr: float, stop: bool) -> StepResult:
     """One optimizer step over this rank's micro-batches (collective)."""
     batches = [batch.to(engine.device) for batch in data.micro_batches]
-    work = sum((work_of(batch, model.num_levels, model.ptd.intent_window) for batch in data.micro_batches), Work(0, 0, 0, 0))
+    work = sum((work_of(batch, model.num_mtp_heads, model.ptd.intent_window) for batch in data.micro_batches), Work())
     counts = [sum(b.num_targets for b in batches), sum(b.num_rows for b in batches), *vars(work).values()]
     num_targets, rows, *work_sums = (int(x) for x in engine.all_reduce(torch.tensor(counts, dtype=torch.float64)).tolist())
     p, l = model.num_mtp_heads, model.num_levels  # noqa: E741

@@ -2,7 +2,7 @@
 
 import torch
 
-from gpr_dist.objectives.mtp import code_nll, mtp_loss, uniform_head_weights, value_loss
+from gpr_dist.objectives.mtp import mtp_loss, refining_loss, uniform_head_weights, value_loss
 from gpr_dist.schema import Batch
 from gpr_dist.training.engine import Engine
 from gpr_dist.training.loop import LossShare, Objective
@@ -10,19 +10,27 @@ from gpr_dist.training.loop import LossShare, Objective
 # N targets  P MTP heads  L levels
 
 
-def mtp_objective(num_heads: int, value_loss_weight: float, head_weights: tuple[float, ...] | None = None) -> Objective:
-    """Multi-token prediction (GPR Eq. 3, head weights uniform if none) plus `value_loss_weight` times the value regression."""
+def mtp_objective(num_heads: int, value_loss_weight: float, head_weights: tuple[float, ...] | None = None,
+                  refining_loss_weight: float = 0.1) -> Objective:
+    """Multi-token prediction (GPR Eq. 3, head weights uniform if none), plus the weighted losses of values, refining token and router.
+
+    The router's loss is a mean over the tokens of a micro-batch that counts by its targets: the one part that depends on the split.
+    """
 
     def share(engine: Engine, batch: Batch, num_targets: int) -> LossShare:
         weight_P = uniform_head_weights(num_heads) if head_weights is None else torch.tensor(head_weights)
         weight_P = weight_P.to(engine.device)
         output = engine(batch)
-        nll_NL = code_nll(output.logits_NLV, batch.target_codes_NL, batch.target_offset_NLV)
-        value = value_loss(output.values_NL1, batch.target_value_N, batch.target_head_N, weight_P, num_targets)
-        loss = mtp_loss(nll_NL, batch.target_head_N, weight_P, num_targets) + value_loss_weight * value
+        nll_NL, head_N = output.nll_NL, batch.target_head_N
+        value = value_loss(output.values_NL1, batch.target_value_N, head_N, weight_P, num_targets)
+        loss = mtp_loss(nll_NL, head_N, weight_P, num_targets) + value_loss_weight * value
+        if output.refining_N is not None:
+            loss = loss + refining_loss_weight * refining_loss(output.refining_N, head_N, weight_P, num_targets)
+        if output.router is not None:
+            loss = loss + output.router * (batch.num_targets / num_targets)
         nll_PL = torch.zeros(num_heads, nll_NL.shape[1], dtype=torch.float64, device=engine.device)
-        nll_PL.index_add_(0, batch.target_head_N, nll_NL.detach().double())
-        count_P = torch.bincount(batch.target_head_N, minlength=num_heads).double()
+        nll_PL.index_add_(0, head_N, nll_NL.detach().double())
+        count_P = torch.bincount(head_N, minlength=num_heads).double()
         return LossShare(loss, nll_PL, count_P, value.detach())
 
     return share

@@ -14,7 +14,7 @@ from gpr_dist.data.loader import LoaderConfig, build_loader
 from gpr_dist.data.sampler import World
 from gpr_dist.errors import GPRError
 from gpr_dist.model.gpr import GPR, GPRConfig
-from gpr_dist.objectives.mtp import code_nll, mtp_loss, uniform_head_weights, value_loss
+from gpr_dist.objectives.mtp import mtp_loss, uniform_head_weights, value_loss
 from gpr_dist.tokenizer.semantic_ids import SemanticIds
 from gpr_dist.training import checkpoint
 from gpr_dist.training.engine import Engine, EngineConfig, init_distributed
@@ -60,7 +60,7 @@ def step_rows(step: int) -> list:
 def share_loss(model: Any, batch: Any, num_targets: int) -> Tensor:
     weights = uniform_head_weights(4)
     output = model(batch)
-    nll = code_nll(output.logits_NLV, batch.target_codes_NL)
+    nll = output.nll_NL
     value = value_loss(output.values_NL1, batch.target_value_N, batch.target_head_N, weights, num_targets)
     return mtp_loss(nll, batch.target_head_N, weights, num_targets) + 0.1 * value
 

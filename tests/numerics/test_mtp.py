@@ -9,18 +9,19 @@ import torch.nn.functional as F
 from random_batches import random_batch
 from tiny_model import L, P, V, reorder_targets, tiny_model
 
-from gpr_dist.objectives.mtp import code_nll, mtp_loss, uniform_head_weights
+from gpr_dist.objectives.mtp import mtp_loss, uniform_head_weights
+from gpr_dist.ops.cross_entropy import nll_of_logits
 
 
 def nll_and_heads(seed=0, n=20):
     torch.manual_seed(seed)
-    return code_nll(torch.randn(n, L, V), torch.randint(V, (n, L))), torch.randint(P, (n,))
+    return nll_of_logits(torch.randn(n, L, V), torch.randint(V, (n, L))), torch.randint(P, (n,))
 
 
 def head_gradients(batch):
     """Gradient norm of each head's own rows, and the gradients themselves."""
     model = tiny_model(torch.float64)
-    nll = code_nll(model(batch).logits_NLV, batch.target_codes_NL)
+    nll = nll_of_logits(model(batch, task="logits"), batch.target_codes_NL)
     mtp_loss(nll, batch.target_head_N, uniform_head_weights(P), 10).backward()
     return model.ptd.query_PD.grad, model.ptd.adapter_PDD.grad
 
@@ -36,16 +37,16 @@ def test_one_head_is_plain_next_item_prediction():
     torch.manual_seed(0)
     logits, codes = torch.randn(9, L, V), torch.randint(V, (9, L))
     expected = sum(F.cross_entropy(logits[:, level], codes[:, level]) for level in range(L))  # mean over ads
-    found = mtp_loss(code_nll(logits, codes), torch.zeros(9, dtype=torch.long), uniform_head_weights(1), 9)
+    found = mtp_loss(nll_of_logits(logits, codes), torch.zeros(9, dtype=torch.long), uniform_head_weights(1), 9)
     torch.testing.assert_close(found, expected)
 
 
 def test_one_head_of_the_model_is_plain_next_item_prediction():
     batch = random_batch(3, num_heads=1)
     model = tiny_model(num_mtp_heads=1)
-    logits = model(batch).logits_NLV
+    logits = model(batch, task="logits")
     probability = logits.softmax(-1).gather(2, batch.target_codes_NL[:, :, None]).prod(1)  # of the whole semantic ID
-    found = mtp_loss(code_nll(logits, batch.target_codes_NL), batch.target_head_N, uniform_head_weights(1), batch.num_targets)
+    found = mtp_loss(nll_of_logits(logits, batch.target_codes_NL), batch.target_head_N, uniform_head_weights(1), batch.num_targets)
     assert batch.num_targets == len(batch.target_head_N)
     torch.testing.assert_close(found, -probability.log().mean())
 
@@ -83,7 +84,7 @@ def test_targets_of_a_head_train_that_head_only(head):
 
 def test_the_heads_of_a_request_give_different_predictions():
     batch = random_batch(2, num_rows=5)
-    logits = tiny_model()(batch).logits_NLV[:, 0]  # before any code is known
+    logits = tiny_model()(batch, task="logits")[:, 0]  # before any code is known
     of_request = [logits[batch.target_request_N == request] for request in range(len(batch.request_token_R))]
     heads = [batch.target_head_N[batch.target_request_N == request] for request in range(len(batch.request_token_R))]
     for rows, head in zip(of_request, heads, strict=True):

@@ -49,15 +49,16 @@ def test_numbers_of_the_default_config(monkeypatch, capsys, tmp_path, width, ran
         assert float(printed(text, rf"ZeRO-{stage} +([\d.]+) \+")) == pytest.approx(total * size / 2**30, abs=5.1e-4)
 
     # 32 journeys of 400 tokens and 60 ads; heads 2 to 4 have a target for every other ad
-    tokens, pairs, decoded = 32 * 400, 32 * 400 * 400 // 2, 32 * 60 * 3 * (1 + 3 / 2)
+    tokens, pairs, openings, targets = 32 * 400, 32 * 400 * 400 // 2, 32 * 30 * 4, 32 * (60 + 3 * 30)
+    decoded = openings + 2 * targets
     assert int(printed(text, r"([\d,]+) tokens,")) == tokens and int(printed(text, r"([\d,]+) target ads")) == 32 * 60
     forward = {
         "hsd.dense": 2 * tokens * 2 * (d * 4 * d + 2 * d * f),
         "hsd.attention": 2 * 2 * pairs * d * 2,
         "ptd.dense": 2 * (decoded * (d * d + d * d + 3 * d * d + d * d + 2 * d * f) + tokens * d * 2 * d),
         "ptd.attention": 2 * 2 * decoded * 200 * d,
-        "ptd.codes": 2 * decoded * d * 256,
-        "hte": 2 * decoded / 3 * (d * d + d + 3 * (2 * d * d + d))}
+        "ptd.codes": 2 * targets * 3 * d * 256,
+        "hte": 2 * targets * (d * d + d + 3 * (2 * d * d + d))}
     for part, flops in forward.items():
         assert float(printed(text, rf" {part} +(\S+) FLOP")) == pytest.approx(3 * flops, rel=1e-3), part
     step = 3 * sum(forward.values())
@@ -79,6 +80,6 @@ def test_work_of_journeys_of_several_lengths():
     lengths = np.array([100, 300])
     work = plan.step_work(GPRConfig(), 10, lengths, 5.0)
     assert (work.tokens, work.token_pairs) == (2000, 10 * 50_000 // 2)
-    assert work.decoded == 10 * 5 * 3 * 2.5 and work.decoded_pairs == work.decoded * 50_000 / 200 / 2
+    assert (work.openings, work.targets) == (10 * 5 / 2 * 4, 10 * (5 + 3 * 5 / 2)) and work.target_intents == work.targets * 50_000 / 200 / 2
     short = plan.step_work(GPRConfig(ptd={"intent_window": 16}), 10, lengths, 5.0)
-    assert short.decoded_pairs == 16 * short.decoded
+    assert (short.opening_intents, short.target_intents) == (16 * short.openings, 16 * short.targets)

@@ -97,8 +97,8 @@ def test_the_decoder_reads_the_table_of_the_input():
     model, batch = tiny_model(), random_batch(1)
     before = model(batch, task="encode")
     with torch.no_grad():
-        logits = model(batch).logits_NLV
+        logits = model(batch, task="logits")
         model.codes.table.weight[: 2 * V] += torch.randn(2 * V, 16)  # the decoder embeds the codes of levels 1 and 2
-        embedded = model(batch, task="decode", intents=before, request_N=batch.target_request_N, head_N=batch.target_head_N,
+        embedded = model(batch, task="decode", opening=before, request_N=batch.target_request_N, head_N=batch.target_head_N,
                          prefix_Nl=batch.target_codes_NL[:, :1])
     assert not torch.allclose(embedded, logits[:, 1].log_softmax(-1), atol=1e-3)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from gpr_dist.objectives.mtp import code_nll, uniform_head_weights, value_loss
+from gpr_dist.objectives.mtp import uniform_head_weights, value_loss
+from gpr_dist.ops.cross_entropy import nll_of_logits
 
 HEAD = torch.tensor([0, 1, 0, 1])
 WEIGHTS = torch.tensor([0.75, 0.25])
@@ -35,13 +36,13 @@ def test_a_negative_value_counts_as_none_earned():
 
 def test_nll_is_float32_per_level_and_empty_without_targets():
     logits, codes = torch.randn(5, 3, 7).bfloat16(), torch.randint(7, (5, 3))
-    nll = code_nll(logits, codes)
+    nll = nll_of_logits(logits, codes)
     assert nll.dtype == torch.float32 and nll.shape == (5, 3)
     for n in range(5):
         for level in range(3):
             expected = -logits[n, level].double().softmax(0)[codes[n, level]].log()
             assert float(nll[n, level]) == pytest.approx(float(expected), rel=1e-5)
-    assert code_nll(logits[:0], codes[:0]).shape == (0, 3)
+    assert nll_of_logits(logits[:0], codes[:0]).shape == (0, 3)
 
 
 @pytest.mark.parametrize("heads", [1, 3, 4])

@@ -45,7 +45,7 @@ def test_the_legal_softmax_runs_over_the_legal_codes_only():
     codes = batch.target_codes_NL[:, :, None]
     legal = (torch.rand(len(codes), L, V, generator=torch.Generator().manual_seed(0)) < 0.5).scatter(2, codes, True)
     share = mtp_objective(P, 0.0)(PlainEngine(model), dataclasses.replace(batch, target_offset_NLV=legal.float().log()), 7)
-    probability = model(batch).logits_NLV.softmax(-1).double()
+    probability = model(batch, task="logits").softmax(-1).double()
     nll = -(probability.gather(2, codes).squeeze(2) / (probability * legal).sum(-1)).log()
     torch.testing.assert_close(share.loss.double(), nll.sum() / P / 7, rtol=1e-5, atol=0)
     share.loss.backward()
