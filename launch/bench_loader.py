@@ -6,7 +6,8 @@ and balances work in every row of the table; "full batch" is what training gets,
 heads on top. MB/s counts the raw bytes of the journeys' columns for everybody. Peers do the work in their usual way; where an expert
 could write something faster with the same library, that runs too. Opening is not timed, whole epochs are; ours verifies its checksums
 again in each. Ours reads and packs in two background threads as in training, which wall time shows on an idle machine with more than one
-core; "rows per CPU s" counts all threads of the process. `core=0` binds everything to one core.
+core; "rows per CPU s" counts all threads and worker processes. `core=0` binds everything to one core. StatefulDataLoader also runs with
+two worker processes, which make whole micro-batches.
 """
 
 import itertools
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import torch
 from pydantic import Field
@@ -29,7 +31,7 @@ from data_pipeline.shards import ShardConfig, ShardWriter, write_manifest
 from gpr_dist.config import Config
 from gpr_dist.data.collate import JourneyColumns
 from gpr_dist.data.loader import Loader, LoaderConfig, build_loader
-from gpr_dist.data.sampler import World
+from gpr_dist.data.sampler import World, pack_in_order
 from gpr_dist.schema import EVERY_AD, JOURNEY_SCHEMA, NO_ITEM, Action, TokenType
 
 COLUMNS = ("token_type", "block", "item", "action", "scene", "timestamp", "value")
@@ -82,10 +84,10 @@ def run_bench(config: LoaderBenchConfig) -> None:
         cpu_seconds: dict[str, list[float]] = {name: [] for name in epochs}
         runs = [(name, epoch) for _ in range(config.repetitions + 1) for name, epoch in epochs.items()]  # the first round warms up
         for name, epoch in tqdm(runs, desc="epochs", file=sys.stderr, mininterval=0.5):
-            started, started_cpu = time.perf_counter(), time.process_time()
+            started, started_cpu = time.perf_counter(), _cpu_seconds()
             delivered = epoch()
             seconds[name].append(time.perf_counter() - started)
-            cpu_seconds[name].append(time.process_time() - started_cpu)
+            cpu_seconds[name].append(_cpu_seconds() - started_cpu)
             assert delivered == (journeys.num_rows, num_tokens), f"{name} delivered {delivered}, not {(journeys.num_rows, num_tokens)}"
     medians = {name: (statistics.median(seconds[name][1:]), statistics.median(cpu_seconds[name][1:])) for name in epochs}
     _report(config, medians, seconds, absent, row_bytes, num_tokens)
@@ -135,6 +137,7 @@ def _open_all(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path)
         "datasets, arrow format": lambda at: _datasets(config, journeys, at, "arrow"),
         "mosaicml-streaming": lambda at: _mosaic(config, journeys, at),
         "StatefulDataLoader, arrow rows": lambda at: _stateful(config, journeys, at, _ArrowRows),
+        "StatefulDataLoader, 2 workers": lambda at: _stateful_workers(config, journeys, at, 2),
         "StatefulDataLoader, numpy views": lambda at: _stateful(config, journeys, at, _RowViews),
     }
     epochs, absent = {}, {}
@@ -155,8 +158,8 @@ def _ours(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path, con
         writer.write(journeys)
     write_manifest(folder, "train", (), ("a", "b", "c", "d"), "bench", config.num_items)
     codes = np.random.default_rng(0).integers(0, 2048, (config.num_items, 3)).astype(np.int32)
-    # 2,048 rows are shuffled together, from 32 places of the whole epoch
-    settings = LoaderConfig(seed=config.seed, global_batch_size=512, num_streams=32, shuffle_rows=64,
+    # 4,096 rows are shuffled together, from 32 places of the whole epoch; with the loader's defaults it would be 65,536
+    settings = LoaderConfig(seed=config.seed, global_batch_size=512, num_streams=32, shuffle_rows=128,
                             micro_batch_tokens=config.micro_batch_tokens, prefetch_steps=config.prefetch_steps)
     loader = build_loader(folder, settings, World(), codes, num_heads=4)
     if not full:
@@ -237,16 +240,42 @@ def _mosaic(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path) -
 def _stateful(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path, kind: type) -> Epoch:
     from torchdata.stateful_dataloader import StatefulDataLoader
 
-    with pa.OSFile(str(folder / "journeys.arrow"), "wb") as sink, pa.ipc.new_file(sink, JOURNEY_SCHEMA) as writer:
-        writer.write_batch(journeys)
-    with pa.memory_map(str(folder / "journeys.arrow")) as file:
-        rows = kind(pa.ipc.open_file(file).get_batch(0))
+    rows = kind(_mapped(journeys, folder))
 
     def epoch() -> tuple[int, int]:
         loader = StatefulDataLoader(rows, batch_size=64, shuffle=True, collate_fn=lambda samples: samples)
         return _count(pack((row for samples in loader for row in samples), config.micro_batch_tokens))
 
     return epoch
+
+
+def _stateful_workers(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path, num_workers: int) -> Epoch:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    batches = _TokenBatches(journeys.column("token_type").value_lengths().to_numpy(), config.micro_batch_tokens, config.seed)
+    loader = StatefulDataLoader(_ArrowRows(_mapped(journeys, folder)), batch_sampler=batches, collate_fn=_tensors, num_workers=num_workers,
+                                persistent_workers=True)
+    iter(loader)  # starts the workers: now, while this process has no other threads
+    return lambda: _count(loader)
+
+
+class _TokenBatches:
+    """A batch sampler: shuffled row numbers, as many as fit a micro-batch."""
+
+    def __init__(self, lengths: np.ndarray, budget: int, seed: int) -> None:
+        self.lengths, self.budget, self.rng = lengths, budget, np.random.default_rng(seed)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self.rng.permutation(len(self.lengths))
+        for low, high in itertools.pairwise(pack_in_order(self.lengths[order], self.budget)):
+            yield order[low:high].tolist()
+
+
+def _mapped(journeys: pa.RecordBatch, folder: Path) -> pa.RecordBatch:
+    with pa.OSFile(str(folder / "journeys.arrow"), "wb") as sink, pa.ipc.new_file(sink, JOURNEY_SCHEMA) as writer:
+        writer.write_batch(journeys)
+    with pa.memory_map(str(folder / "journeys.arrow")) as file:
+        return pa.ipc.open_file(file).get_batch(0)
 
 
 class _ArrowRows:
@@ -308,6 +337,12 @@ def _tensors(rows: list[dict]) -> dict[str, torch.Tensor]:
         kind = np.float32 if name == "value" else np.int64
         out[name] = torch.from_numpy(np.concatenate([row[name] for row in rows], dtype=kind))
     return out
+
+
+def _cpu_seconds() -> float:
+    """Of this process and its workers."""
+    workers = psutil.Process().children(recursive=True)
+    return time.process_time() + sum(sum(worker.cpu_times()[:2]) for worker in workers)
 
 
 def _count(batches: Iterable[dict[str, torch.Tensor]]) -> tuple[int, int]:
