@@ -26,7 +26,9 @@ class RQVAEConfig(Config):
     micro_batch_size: int = Field(512, ge=1)
     """items whose gradient one process computes at once; with fewer micro-batches in a batch than processes, some have nothing to do"""
     lr: float = Field(1e-3, gt=0)
-    """peak learning rate of AdamW, decayed to zero by a cosine"""
+    """peak learning rate of encoder and decoder (AdamW), decayed to zero by a cosine"""
+    codebook_lr: float = Field(1e-2, gt=0)
+    """peak learning rate of the codebooks, which must keep up with the latents that the encoder moves"""
     weight_decay: float = Field(0.0, ge=0)
     """of the encoder and the decoder; codebooks have none"""
     restart_epochs: int = Field(5, ge=0)
@@ -48,8 +50,12 @@ class TokenizerConfig(Config):
     """a level stops when one iteration lowers its squared error by less than this share"""
     max_fit_items: int = Field(1_000_000, ge=2)
     """items the codebooks are fitted on, drawn at random when the catalogue has more; every item is encoded"""
+    kmeans_items_per_code: int | None = Field(256, ge=1)
+    """k-means sees at most this many times V of the fit items, the same at all levels; none = all of them. Estimating a
+    centroid from n items adds about 1/n to the error: 0.4 % at 256"""
     fit_memory_gb: float = Field(8.0, gt=0)
-    """GiB of fit items one process keeps in memory (of the GPU, on one); a larger share is read again from the map at every pass"""
+    """GiB of fit items and of their residuals one process keeps in memory (of the GPU, on one); what does not fit into half of
+    it each is read again from the map at every pass"""
     rq_vae: RQVAEConfig = RQVAEConfig()
     """of the RQ-VAE stage"""
     seed: int = 0

@@ -1,7 +1,7 @@
 """The RQ-VAE stage (GPR §2, Fig. 3): codebooks, encoder and decoder of a `Quantizer` learn together, by gradient descent.
 
-One loop for RQ-VAE and RQ-Kmeans+, which differ in where they start: quantizer.py says what the encoder is, `start_codebooks` and
-rq_kmeans.py where the codebooks begin. Runs on any number of processes: a batch is cut into micro-batches of a fixed size, each process
+One loop for RQ-VAE and RQ-Kmeans+, which differ in where they start: quantizer.py says what the encoder is, rq_kmeans.py
+where the codebooks begin. Runs on any number of processes: a batch is cut into micro-batches of a fixed size, each process
 does its share, and their gradients are added exactly, so 1, 2 or 1000 processes take the same steps. Embeddings are points.py's.
 """
 
@@ -26,6 +26,19 @@ from gpr_dist.tokenizer.quantizer import Quantizer
 
 SHUFFLED_BLOCKS = 32
 """blocks whose rows are shuffled together: what a memory map must keep in the page cache"""
+
+
+class Latents:
+    """The latents of fit rows, read like the rows themselves: what residual k-means starts the codebooks of an RQ-VAE from."""
+
+    def __init__(self, quantizer: Quantizer, points: Points) -> None:
+        self._quantizer, self._points = quantizer, points
+        self.num_rows, self.dim, self.device = points.num_rows, quantizer.codebooks_LVK.shape[2], points.device
+
+    @torch.no_grad()
+    def take(self, rows_n: np.ndarray | Tensor) -> Tensor:
+        """As Points.take."""
+        return self._quantizer.latent(self._points.take(rows_n))
 
 
 class RQVAELoss(NamedTuple):
@@ -59,9 +72,10 @@ def train_rq_vae(quantizer: Quantizer, points: Points) -> Training:
     config, settings = quantizer.config, quantizer.config.rq_vae
     assert quantizer.encoder is not None, config.method
     optimiser = torch.optim.AdamW([
-        {"params": [*quantizer.encoder.parameters(), *quantizer.decoder.parameters()], "weight_decay": settings.weight_decay},
-        {"params": [quantizer.codebooks_LVK], "weight_decay": 0.0},
-    ], lr=settings.lr)
+        {"params": [*quantizer.encoder.parameters(), *quantizer.decoder.parameters()], "lr": settings.lr,
+         "weight_decay": settings.weight_decay},
+        {"params": [quantizer.codebooks_LVK], "lr": settings.codebook_lr, "weight_decay": 0.0},
+    ])
     num_steps = settings.epochs * sum(1 for _ in _batches(points.num_rows, config, 0))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * step / max(1, num_steps))))
     losses, num_restarted_L = [], torch.zeros(config.num_levels, dtype=torch.int64)
@@ -73,7 +87,7 @@ def train_rq_vae(quantizer: Quantizer, points: Points) -> Training:
                 step_loss_3, step_usage_LV = _accumulate(quantizer, points, rows_n)
                 if not bool(step_loss_3.isfinite().all()):
                     raise TokenizerError(f"RQ-VAE loss is not finite in epoch {epoch + 1} at step {bar.n + 1} of {num_steps}; "
-                                         f"lower tokenizer.rq_vae.lr (now {settings.lr:g})")
+                                         f"lower tokenizer.rq_vae.lr ({settings.lr:g}) or .codebook_lr ({settings.codebook_lr:g})")
                 optimiser.step()
                 schedule.step()
                 loss_3 += step_loss_3.cpu() * len(rows_n) / points.num_rows

@@ -27,7 +27,7 @@ def clustered(num_items: int = 1200, dim: int = 8, num_clusters: int = 40, seed:
 
 
 def small(method: str = "rq_kmeans_plus", seed: int = 0, **settings) -> TokenizerConfig:
-    stage = {"hidden": (32,), "epochs": 8, "batch_size": 256, "micro_batch_size": 64, "lr": 3e-3, **settings}
+    stage = {"hidden": (32,), "epochs": 8, "batch_size": 256, "micro_batch_size": 64, "lr": 3e-3, "codebook_lr": 1e-2, **settings}
     return TokenizerConfig(method=method, num_levels=3, codebook_size=16, seed=seed, device="cpu", rq_vae=RQVAEConfig(**stage))
 
 
@@ -115,7 +115,7 @@ def test_dead_codes_restart_where_items_are_and_are_counted():
 
 def test_a_level_that_leaves_nothing_restarts_nothing():
     embeddings = np.repeat(np.eye(8, dtype=np.float32), 40, 0)
-    quantizer, points = started(small(epochs=3, restart_epochs=1, lr=1e-9), embeddings)
+    quantizer, points = started(small(epochs=3, restart_epochs=1, lr=1e-9, codebook_lr=1e-9), embeddings)
     with torch.no_grad():  # level 1 is exact, so all codes but one of the next levels are dead and nothing is served badly
         quantizer.codebooks_LVK.fill_(1e3)
         quantizer.codebooks_LVK[0, :8] = points.take(np.arange(0, 320, 40))
@@ -126,7 +126,7 @@ def test_a_level_that_leaves_nothing_restarts_nothing():
 
 def test_a_loss_that_is_not_finite_is_one_readable_error():
     quantizer, points = started(small(lr=1e30))
-    with pytest.raises(TokenizerError, match=r"loss is not finite in epoch \d+ at step \d+ of \d+; lower tokenizer.rq_vae.lr") as caught:
+    with pytest.raises(TokenizerError, match=r"loss is not finite in epoch \d+ at step \d+ of \d+; lower tokenizer.rq_vae.lr ") as caught:
         train_rq_vae(quantizer, points)
     assert "\n" not in str(caught.value)
 
