@@ -4,9 +4,11 @@ Pure functions of codes, codebooks and embeddings, in bounded memory beside the 
 maps. `measure` collects them in the report that is stored with the tokenizer and printed by launch/fit_tokenizer.py.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from pydantic import Field
 
 from gpr_dist.config import Config
 from gpr_dist.tokenizer.quantizer import Quantizer
@@ -52,10 +54,13 @@ class TokenizerReport(Config):
     """standard deviation over the items of squared error / variance"""
     distance_quantiles: tuple[tuple[float, ...], ...]
     """residuals.QUANTILES of the items' distances to their nearest code of the level"""
+    history: dict[str, tuple[float, ...]] = Field(default_factory=dict)
+    """curves of the fit by name, e.g. the loss of each epoch"""
 
 
-def measure(embeddings_ND: np.ndarray, codes_NL: np.ndarray, quantizer: Quantizer) -> TokenizerReport:
-    """All metrics of one tokenizer on one catalogue."""
+def measure(embeddings_ND: np.ndarray, codes_NL: np.ndarray, quantizer: Quantizer,
+            history: Mapping[str, Sequence[float]] | None = None) -> TokenizerReport:
+    """All metrics of one tokenizer on one catalogue. Args: history: curves of the fit by name, kept as they are."""
     codebook_size = quantizer.config.codebook_size
     groups = group_items(codes_NL, codebook_size)
     sizes_G = np.diff(groups.offsets_G1)
@@ -74,6 +79,7 @@ def measure(embeddings_ND: np.ndarray, codes_NL: np.ndarray, quantizer: Quantize
         variance=residuals.variance,
         error_std=tuple(residuals.error_std_L.tolist()),
         distance_quantiles=tuple(map(tuple, residuals.distance_LQ.tolist())),
+        history={name: tuple(map(float, values)) for name, values in (history or {}).items()},
     )
 
 

@@ -4,7 +4,6 @@ Owns what a person needs to know of a bundle; the measures themselves are metric
 written is report_page.py's.
 """
 
-from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from gpr_dist.config import Config
 from gpr_dist.errors import DataError, TokenizerError
 from gpr_dist.html import Alarm
 from gpr_dist.tokenizer.metrics import Groups, code_usage, entropy_bits, group_items, pairwise_similarity
+from gpr_dist.tokenizer.points import ArrowRows, open_embeddings
 from gpr_dist.tokenizer.residuals import Residuals, check_codes, measure_residuals
 from gpr_dist.tokenizer.semantic_ids import SemanticIds
 
@@ -174,7 +174,7 @@ def measure_bundle(bundle: SemanticIds, embeddings_ND: np.ndarray | None, items:
         fingerprint=bundle.fingerprint, codebook_fingerprint=bundle.codebook_fingerprint, catalogues=bundle.catalogues,
         num_fitted=bundle.report.num_items if bundle.report else None, num_embedded=num_embedded, sets=tuple(sets),
         largest_groups=shown["largest"], most_shown_groups=shown["most_shown"], random_groups=shown["random"],
-        settings=bundle.config.model_dump(mode="json"), history=_history(bundle), thresholds=config,
+        settings=bundle.config.model_dump(mode="json"), history=bundle.report.history if bundle.report else {}, thresholds=config,
     )
 
 
@@ -186,12 +186,9 @@ def read_items(path: Path) -> pa.Table:
         raise DataError(f"catalogue {path} cannot be read ({error}); build it with launch/build_data.py") from None
 
 
-def read_embeddings(path: Path) -> np.ndarray:
-    """A .npy file of embeddings, memory-mapped. Raises: TokenizerError."""
-    try:
-        embeddings_ND = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise TokenizerError(f"embeddings {path} cannot be read ({error}); give a .npy file of shape [items, dim]") from None
+def read_embeddings(path: Path) -> np.ndarray | ArrowRows:
+    """Embeddings of a .npy or Arrow file, memory-mapped. Raises: TokenizerError."""
+    embeddings_ND = open_embeddings(path)
     if embeddings_ND.ndim != 2 or embeddings_ND.dtype.kind != "f":
         raise TokenizerError(f"embeddings {path} are {embeddings_ND.dtype} {embeddings_ND.shape}; give floats of shape [items, dim]")
     return embeddings_ND
@@ -309,11 +306,6 @@ def _show_group(group: int, groups: Groups, bundle: SemanticIds, items: pa.Table
                                shown=int(shown_N[item]) if shown_N is not None else None)
                        for item, row in zip(chosen, rows, strict=True)),
     )
-
-
-def _history(bundle: SemanticIds) -> dict[str, tuple[float, ...]]:
-    history: Mapping[str, Any] = getattr(bundle.report, "history", None) or {}
-    return {name: tuple(values) for name, values in history.items()}
 
 
 def find_alarms(sets: list[ItemSet], codebook_size: int, config: ReportConfig) -> list[Alarm]:

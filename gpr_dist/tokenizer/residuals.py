@@ -11,11 +11,12 @@ import torch
 from tqdm import tqdm
 
 from gpr_dist.errors import TokenizerError
-from gpr_dist.tokenizer.quantizer import READ_ROWS, Quantizer, finite
+from gpr_dist.tokenizer.quantizer import Quantizer, finite
 
 # N items  n items of a chunk  D embedding dim  K latent dim  L levels  V codes per level  Q quantiles
 
 QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
+_READ_ROWS = 8_192  # a chunk and its residuals stay in the cache
 _QUANTILE_ITEMS = 1_000_000  # quantiles are those of every k-th item, at most about this many
 _CHECKED_ITEMS = 4096
 _SAME_CODES = 0.95  # two devices may round a tie differently, which can change a few codes
@@ -54,16 +55,16 @@ def measure_residuals(embeddings_ND: np.ndarray, codes_NL: np.ndarray, quantizer
     moments_2L, part_L = np.zeros((2, num_levels)), np.zeros(num_levels)
     sampled, hash_N = [], np.empty(num_items, np.uint64)
     with tqdm(total=num_items, desc="measure items", unit="item", unit_scale=True, mininterval=0.5) as bar, torch.no_grad():
-        for lo in range(0, num_items, READ_ROWS):
-            rows_nD = finite(embeddings_ND[lo:lo + READ_ROWS], lo)
-            hash_N[lo:lo + READ_ROWS] = _hash_rows(rows_nD)
-            codes_nL = torch.from_numpy(np.asarray(codes_NL[lo:lo + READ_ROWS], np.int64)).to(device)
+        for lo in range(0, num_items, _READ_ROWS):
+            rows_nD = finite(embeddings_ND[lo:lo + _READ_ROWS], lo)
+            hash_N[lo:lo + _READ_ROWS] = _hash_rows(rows_nD)
+            codes_nL = torch.from_numpy(np.asarray(codes_NL[lo:lo + _READ_ROWS], np.int64)).to(device)
             distance_nL, error_nL, centred_nD = _chunk(torch.from_numpy(rows_nD).to(device), codes_nL, quantizer)
             spread += float(centred_nD.square().sum(dtype=torch.float64))
             summed_D += centred_nD.sum(0, dtype=torch.float64)
             moments_2L += np.stack([error_nL.sum(0), np.square(error_nL).sum(0)])
             if part_N is not None:
-                part_L += error_nL[part_N[lo:lo + READ_ROWS]].sum(0)
+                part_L += error_nL[part_N[lo:lo + _READ_ROWS]].sum(0)
             sampled.append(distance_nL[-lo % stride::stride])
             bar.update(len(rows_nD))
     own = (spread - float(summed_D.square().sum()) / num_items) / num_items
@@ -101,23 +102,26 @@ def check_codes(embeddings_ND: np.ndarray, codes_NL: np.ndarray, quantizer: Quan
 def _chunk(rows_nD: torch.Tensor, codes_nL: torch.Tensor, quantizer: Quantizer) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
     """Distances float32 [n, L], squared errors float64 [n, L], and the rows less the fit items' mean."""
     centred_nD = rows_nD - quantizer.mean_D
-    residual_nK = quantizer.latent(quantizer.normalise(rows_nD))
-    quantised_nK = torch.zeros_like(residual_nK)
-    distances, errors = [], []
+    latent_nK = quantizer.latent(quantizer.normalise(rows_nD))
+    residual_nK = latent_nK.clone()
+    squares, errors = [], []
     for codebook_VK, codes_n in zip(quantizer.codebooks_LVK, codes_nL.T, strict=True):
-        residual_nK = residual_nK - codebook_VK[codes_n]
-        quantised_nK = quantised_nK + codebook_VK[codes_n]
-        distances.append(residual_nK.norm(dim=1))
-        errors.append((centred_nD - quantizer.decode(quantised_nK) * quantizer.scale).square().sum(1, dtype=torch.float64))
-    return torch.stack(distances, 1).cpu().numpy(), torch.stack(errors, 1).cpu().numpy(), centred_nD
+        residual_nK -= codebook_VK[codes_n]
+        squares.append(residual_nK.square().sum(1))
+        if quantizer.decoder is None:  # what is left of the embedding is the residual, but for the scale
+            errors.append(squares[-1].double() * quantizer.scale.double().square())
+        else:
+            decoded_nD = quantizer.decode(latent_nK - residual_nK) * quantizer.scale
+            errors.append((centred_nD - decoded_nD).square().sum(1, dtype=torch.float64))
+    return torch.stack(squares, 1).sqrt_().cpu().numpy(), torch.stack(errors, 1).cpu().numpy(), centred_nD
 
 
 def _hash_rows(rows_nD: np.ndarray) -> np.ndarray:
     """A 64-bit hash of each row's values, uint64 [n]; -0.0 and 0.0 are one value."""
-    bits_nD = (rows_nD + np.float32(0)).view(np.uint32)
+    bits_Dn = np.ascontiguousarray((rows_nD + np.float32(0)).view(np.uint32).T)
     mix_D = np.random.default_rng(0).integers(1 << 63, size=rows_nD.shape[1], dtype=np.uint64) * 2 + 1
     hash_n = np.zeros(len(rows_nD), np.uint64)
-    for column_n, mix in zip(bits_nD.T, mix_D, strict=True):
+    for column_n, mix in zip(bits_Dn, mix_D, strict=True):
         hash_n ^= hash_n >> np.uint64(29)
         hash_n += column_n * mix
     return hash_n

@@ -53,7 +53,7 @@ def test_chunks_do_not_change_the_numbers_and_quantiles_are_of_every_kth_item(mo
     quantizer, e = make_quantizer("rq_kmeans"), embeddings()
     codes = quantizer.encode(e)
     whole = measure_residuals(e, codes, quantizer)
-    monkeypatch.setattr(residuals, "READ_ROWS", 7)
+    monkeypatch.setattr(residuals, "_READ_ROWS", 7)
     chunked = measure_residuals(e, codes, quantizer)
     np.testing.assert_allclose(chunked.error_L, whole.error_L, rtol=1e-6)
     np.testing.assert_allclose(chunked.sampled_distance_nL, whole.sampled_distance_nL, rtol=1e-4)

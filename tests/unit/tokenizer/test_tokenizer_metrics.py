@@ -59,7 +59,7 @@ def test_report_equals_brute_force(catalogue):
 def test_chunks_do_not_change_the_numbers(catalogue, monkeypatch):
     whole = measure(*catalogue[:2], quantizer_of(catalogue[2]))
     monkeypatch.setattr(metrics, "_READ_ROWS", 7)
-    monkeypatch.setattr(residuals, "READ_ROWS", 7)
+    monkeypatch.setattr(residuals, "_READ_ROWS", 7)
     chunked = measure(*catalogue[:2], quantizer_of(catalogue[2]))
     assert chunked.pas == pytest.approx(whole.pas)
     np.testing.assert_allclose(chunked.reconstruction_error, whole.reconstruction_error, rtol=1e-6)

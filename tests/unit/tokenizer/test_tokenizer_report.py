@@ -12,6 +12,7 @@ import pytest
 from gpr_dist.errors import TokenizerError
 from gpr_dist.tokenizer.config import TokenizerConfig
 from gpr_dist.tokenizer.fit import fit_tokenizer
+from gpr_dist.tokenizer.metrics import measure
 from gpr_dist.tokenizer.report import Report, ReportConfig, measure_bundle, read_embeddings
 from gpr_dist.tokenizer.report_page import format_text, report_page, write_report
 
@@ -146,6 +147,14 @@ def test_written_files_are_whole_escaped_and_repeatable(case, tmp_path):
     assert (tmp_path / "report.html").read_bytes() == page
 
 
+def test_the_curves_of_the_fit_are_drawn_and_kept(case):
+    bundle, embeddings, items, _ = case
+    assert "The fit" not in report_page(measure_bundle(bundle, embeddings, items, QUIET))
+    told = replace(bundle, report=measure(embeddings, bundle.codes_NL, bundle.quantizer, {"loss": [3.0, 2.0, 1.0]}))
+    report = measure_bundle(told, embeddings, items, QUIET)
+    assert report.history == {"loss": (3.0, 2.0, 1.0)} and "The fit" in report_page(report)
+
+
 def test_wrong_inputs_are_one_readable_error(case, tmp_path):
     bundle, embeddings, items, shown = case
     with pytest.raises(TokenizerError, match="the catalogue has 399 items, the tokenizer 400"):
@@ -162,7 +171,7 @@ def test_wrong_inputs_are_one_readable_error(case, tmp_path):
     for name, content in (("missing", None), ("text", b"hello"), ("pickle", np.array([object()], dtype=object))):
         if content is not None:
             np.save(tmp_path / name, content) if name == "pickle" else (tmp_path / f"{name}.npy").write_bytes(content)
-        with pytest.raises(TokenizerError, match=r"cannot be read .* give a \.npy file"):
+        with pytest.raises(TokenizerError, match=r"cannot be read .* give a \.npy"):
             read_embeddings(tmp_path / f"{name}.npy")
     np.save(tmp_path / "int.npy", np.zeros((3, 2), int))
     with pytest.raises(TokenizerError, match="give floats"):
