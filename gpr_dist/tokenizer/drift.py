@@ -16,6 +16,7 @@ from gpr_dist.config import Config
 from gpr_dist.errors import TokenizerError
 from gpr_dist.html import Alarm
 from gpr_dist.tokenizer.metrics import code_usage, entropy_bits, group_items, pack, pairwise_similarity
+from gpr_dist.tokenizer.report import rows_of
 from gpr_dist.tokenizer.residuals import QUANTILES, Residuals, check_codes, measure_residuals
 from gpr_dist.tokenizer.semantic_ids import SemanticIds
 
@@ -298,7 +299,7 @@ def _farthest(residuals: Residuals, items: pa.Table | None, count: int) -> tuple
     distance_n = residuals.sampled_distance_nL[:, -1]
     places = np.argsort(-distance_n, kind="stable")[:count]
     rows = places * residuals.stride
-    known = items.select(["item_id", "text"]).take(pa.array(rows)).to_pylist() if items is not None else [{}] * len(rows)
+    known = rows_of(items, rows) if items is not None else [{}] * len(rows)
     return tuple(FarItem(row=row, item_id=item.get("item_id", ""), text=item.get("text") or "", distance=distance)
                  for row, distance, item in zip(rows.tolist(), distance_n[places].tolist(), known, strict=True))
 

@@ -18,6 +18,7 @@ from gpr_dist.tokenizer.residuals import measure_residuals
 
 _READ_ROWS = 65_536
 _PAS_ITEMS = 2_000_000  # PAS is measured on whole colliding groups of at most about this many items
+_GROUP_ITEMS = 65_536  # of a group larger than this, every k-th item stands for all
 
 
 class Groups(NamedTuple):
@@ -115,27 +116,29 @@ def pairwise_similarity(embeddings_ND: np.ndarray, groups: Groups, max_items: in
     """PAS: mean cosine similarity over all pairs of items that share a semantic ID (Table 1); None when there is no such pair.
 
     Per group of n unit vectors the pairs' cosines sum to (‖Σu‖² - n) / 2, so nothing is quadratic. Embeddings of norm 0 have cosine 0.
-    With more than `max_items` colliding items, a random choice of whole groups stands for all.
+    With more than `max_items` colliding items, a random choice of whole groups stands for all; of a huge group, _GROUP_ITEMS do.
     """
     sizes_G = np.diff(groups.offsets_G1)
+    read_G = np.minimum(sizes_G, _GROUP_ITEMS)
     shared = np.flatnonzero(sizes_G > 1)
-    if sizes_G[shared].sum() > max_items:
+    if read_G[shared].sum() > max_items:
         shared = np.random.default_rng(seed).permutation(shared)
-        shared = np.sort(shared[:max(1, np.searchsorted(np.cumsum(sizes_G[shared]), max_items, side="right"))])
+        shared = np.sort(shared[:max(1, np.searchsorted(np.cumsum(read_G[shared]), max_items, side="right"))])
     total, num_pairs = 0.0, 0
-    batch_of_group = np.cumsum(sizes_G[shared]) // _READ_ROWS
+    batch_of_group = np.cumsum(read_G[shared]) // _READ_ROWS
     for batch in np.unique(batch_of_group):
         members = shared[batch_of_group == batch]
-        sizes = sizes_G[members]
-        ends = np.cumsum(sizes)
-        within = np.arange(ends[-1]) - np.repeat(ends - sizes, sizes)
-        items = groups.items_N[np.repeat(groups.offsets_G1[members], sizes) + within]
+        sizes, read = sizes_G[members], read_G[members]
+        ends = np.cumsum(read)
+        within = (np.arange(ends[-1]) - np.repeat(ends - read, read)) * np.repeat(sizes, read) // np.repeat(read, read)
+        items = groups.items_N[np.repeat(groups.offsets_G1[members], read) + within]
         unit_ND = np.asarray(embeddings_ND[items], np.float64)
         norm_N = np.linalg.norm(unit_ND, axis=1)
         unit_ND /= np.maximum(norm_N, 1e-30)[:, None]
-        summed_GD = np.add.reduceat(unit_ND, ends - sizes, axis=0)
-        ones_G = np.add.reduceat((norm_N > 0).astype(np.int64), ends - sizes)
-        total += float((np.square(summed_GD).sum(1) - ones_G).sum() / 2)
+        summed_GD = np.add.reduceat(unit_ND, ends - read, axis=0)
+        ones_G = np.add.reduceat((norm_N > 0).astype(np.int64), ends - read)
+        mean_G = (np.square(summed_GD).sum(1) - ones_G) / (read * (read - 1))
+        total += float((mean_G * (sizes * (sizes - 1) // 2)).sum())
         num_pairs += int((sizes * (sizes - 1) // 2).sum())
     return total / num_pairs if num_pairs else None
 

@@ -186,6 +186,11 @@ def read_items(path: Path) -> pa.Table:
         raise DataError(f"catalogue {path} cannot be read ({error}); build it with launch/build_data.py") from None
 
 
+def rows_of(items: pa.Table, rows: np.ndarray) -> list[dict]:
+    """A few rows of a table of any size, item_id and text; `take` would copy the whole columns."""
+    return [row for index in rows.tolist() for row in items.slice(index, 1).select(["item_id", "text"]).to_pylist()]
+
+
 def read_embeddings(path: Path) -> np.ndarray | ArrowRows:
     """Embeddings of a .npy or Arrow file, memory-mapped. Raises: TokenizerError."""
     embeddings_ND = open_embeddings(path)
@@ -297,7 +302,7 @@ def _show_group(group: int, groups: Groups, bundle: SemanticIds, items: pa.Table
     chosen = members[:num_examples]
     if shown_N is not None:
         chosen = members[np.argsort(-shown_N[members], kind="stable")[:num_examples]]
-    rows = items.select(["item_id", "text"]).take(pa.array(chosen)).to_pylist()
+    rows = rows_of(items, chosen)
     return CollisionGroup(
         semantic_id=tuple(bundle.codes_NL[members[0]].tolist()), num_items=len(members), num_ads=int(ads_N[members].sum()),
         distinct_embeddings=len(np.unique(residuals.hash_N[embedded])) if len(embedded) else None, similarity=similarity,

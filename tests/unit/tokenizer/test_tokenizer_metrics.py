@@ -74,6 +74,18 @@ def test_similarity_of_a_sample_is_that_of_its_whole_groups():
     assert any(sampled == pytest.approx((of_group[a] + of_group[b]) / 2) for a, b in combinations(range(4), 2))
 
 
+def test_every_kth_item_of_a_huge_group_stands_for_all(monkeypatch):
+    codes = np.repeat([0, 1], [600, 7])[:, None].astype(np.int32)
+    embeddings = np.random.default_rng(0).normal(1, 1, size=(607, 3)).astype(np.float32)
+    whole = pairwise_similarity(embeddings, group_items(codes, NUM_CODES))
+    monkeypatch.setattr(metrics, "_GROUP_ITEMS", 200)
+    kth, small = embeddings[:600:3], embeddings[600:]
+    means = [np.mean([cosine(a, b) for a, b in combinations(group, 2)]) for group in (kth, small)]
+    pairs = 600 * 599 / 2, 7 * 6 / 2
+    sampled = pairwise_similarity(embeddings, group_items(codes, NUM_CODES))
+    assert sampled == pytest.approx(np.average(means, weights=pairs)) == pytest.approx(whole, abs=0.05)
+
+
 def test_groups_are_a_partition_in_the_order_of_the_codes(catalogue):
     _, codes, _ = catalogue
     groups = group_items(codes, NUM_CODES)
