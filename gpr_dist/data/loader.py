@@ -171,8 +171,8 @@ class HeldRows:
         pieces = [batch.slice(begin, length) for batch, begin, length
                   in zip(batches, low - reader.first_row[numbers], high - low, strict=True) if batch is not None]
         table = pa.Table.from_batches(pieces, JOURNEY_SCHEMA).select(columns).combine_chunks()
-        whole = table.to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
-        return cls(low[present], (high - low)[present], JourneyColumns.of(whole[0]))
+        [whole] = table.to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
+        return cls(low[present], (high - low)[present], JourneyColumns.of(whole))
 
     def take(self, micro_batches: list[np.ndarray]) -> list[tuple[np.ndarray, JourneyColumns]]:
         """For each of the arrays of global row numbers: those of the rows that are here, and their journeys.
