@@ -60,7 +60,7 @@ def match_codes(old_NL: np.ndarray, new_NL: np.ndarray, old_size: int, new_size:
     A pair is a candidate when its Jaccard index is at least `min_jaccard`; among the candidates, the assignment (each code at most once)
     with the largest total weight of shared items is taken. Above 0.5 the candidates are an assignment already: two sets that each share
     more than half of their union with a third overlap. A code has at most 1 / min_jaccard candidates, so the assignment falls into
-    small independent parts and codebooks of 8192 take seconds, where one dense V x V problem takes minutes and half a gigabyte.
+    small independent parts, and no V x V table is made (half a gigabyte for 8192 codes).
 
     Args:
         old_NL, new_NL: int [N, L], row = item, the same items in both.
