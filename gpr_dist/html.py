@@ -108,7 +108,8 @@ def draw(paint: Callable[[Axes], None], caption: str, width: float = 5.4, height
         buffer = io.StringIO()
         canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg"):])  # names nothing refers to, the same in every drawing
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg"):], flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # names nothing refers to, the same in every drawing
     svg = re.sub("|".join(_STAND_INS), lambda match: _STAND_INS[match[0]], svg)
     return Figure(svg, caption)
 

@@ -61,6 +61,7 @@ def test_every_text_is_escaped_wherever_it_stands():
 def test_nothing_is_fetched_and_ids_are_unique():
     read = Reader(page())
     assert all(link.startswith("#") for link in read.links), read.links
+    assert set(re.findall(r"https?://[^\"]*", page())) <= {"http://www.w3.org/1999/xlink", "http://www.w3.org/2000/svg"}, "names of formats"
     assert "@import" not in page() and not re.search(r"url\((?!#)", page())
     assert len(read.ids) == len(set(read.ids)), "drawings must not use each other's clip paths"
 
