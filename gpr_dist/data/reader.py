@@ -72,9 +72,12 @@ class ShardReader:
             self._unverified[number] = False
         try:
             if self.manifest.container == "arrow":
-                batch = pa.ipc.read_record_batch(content, JOURNEY_SCHEMA)
+                message = content
             else:
-                batch = pa.ipc.open_stream(content).read_next_batch()
+                messages = pa.ipc.MessageReader.open_stream(content)
+                messages.read_next_message()  # the schema is the same in every member; to decode it costs more than the batch
+                message = messages.read_next_message()
+            batch = pa.ipc.read_record_batch(message, JOURNEY_SCHEMA)
         except (pa.ArrowException, OSError, StopIteration) as error:
             raise DataError(f"{self._where(number)} is not a record batch of journeys ({error}); {_REBUILD}") from None
         if batch.num_rows != index["num_rows"][number]:
