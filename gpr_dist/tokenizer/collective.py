@@ -1,4 +1,4 @@
-"""Processes that fit one tokenizer together: who owns which blocks, and sums that do not depend on it.
+"""Processes and threads that work on one tokenizer together: who owns which blocks, and sums that do not depend on it.
 
 Floating-point sums change with their order, so with the number of processes. Here a sum is made of results of fixed blocks of rows
 (the same shapes whoever computes them), rounded to fixed-point int64 and added as integers, which is associative: 1, 2 or 1000
@@ -7,8 +7,11 @@ processes get the same bits. Everything works without torch.distributed, as one 
 
 import math
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +22,7 @@ from gpr_dist.errors import GPRError, TokenizerError
 # B blocks of this process
 
 _BITS = 62  # of an int64 that a sum may fill
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -29,9 +33,10 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def share(num_blocks: int) -> range:
-    """The contiguous run of blocks this process owns; some own none when there are fewer blocks than processes."""
-    return range(num_blocks * rank() // world_size(), num_blocks * (rank() + 1) // world_size())
+def share(num_blocks: int, of_rank: int | None = None) -> range:
+    """The contiguous run of blocks a process (none = this one) owns; empty for some when there are fewer blocks than processes."""
+    of_rank = rank() if of_rank is None else of_rank
+    return range(num_blocks * of_rank // world_size(), num_blocks * (of_rank + 1) // world_size())
 
 
 @contextmanager
@@ -56,14 +61,43 @@ class ExactSum:
         """Args: bound: at least the sum of the absolute values over all processes, element by element; finite."""
         self._exponent = _fixed_point(bound)
         self._total = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._lock = threading.Lock()
 
     def add(self, part: Tensor) -> None:
-        """A block's finite result, computed alike on any process."""
-        self._total += (part.double() * math.ldexp(1.0, self._exponent)).round_().long()
+        """A block's finite result, computed alike on any process. Threads may add at the same time."""
+        part = self._integers(part)
+        with self._lock:
+            self._total += part
+
+    def add_rows(self, index_n: Tensor, rows_nX: Tensor) -> None:
+        """Add each row to the entry of the first axis its index names; exact, so the order in which a GPU does it is all one."""
+        rows_nX = self._integers(rows_nX)
+        with self._lock:
+            self._total.index_add_(0, index_n, rows_nX)
+
+    def _integers(self, values: Tensor) -> Tensor:
+        return (values.double() * math.ldexp(1.0, self._exponent)).round_().long()
 
     def total(self) -> Tensor:
         """The sum over all processes, float64. Every process must call it."""
         return _reduce(self._total, dist.ReduceOp.SUM).double() * math.ldexp(1.0, -self._exponent)
+
+
+def map_blocks(function: Callable[[int], T], starts: Iterable[int], device: torch.device) -> Iterator[T]:
+    """`function` of every block, in their order; on the CPU by one thread per core torch may use, each with kernels of one thread.
+
+    So a block's result does not depend on the number of threads either. An error of a block is raised when its turn comes.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield from map(function, starts)
+        return
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield from pool.map(function, starts)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # a worker's 1 is also what threads started later would get
 
 
 def exact_sum(parts_BX: Tensor) -> Tensor:
@@ -101,6 +135,33 @@ def gather_rows(rows_nX: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).to(rows_nX.device)
+
+
+def broadcast(values: Tensor) -> Tensor:
+    """Rank 0's values on every process; shape and type must be the same on all."""
+    if world_size() == 1:
+        return values
+    wire = values.to(_wire_device(), copy=True)
+    dist.broadcast(wire, 0)
+    return wire.to(values.device)
+
+
+def gather_shares(mine_nX: Tensor, num_rows: int, block_rows: int) -> Tensor | None:
+    """Rows in rank order on rank 0, None elsewhere; nothing is held twice. Args: mine_nX: the rows of this process's `share` of blocks."""
+    if world_size() == 1:
+        return mine_nX
+    if rank() != 0:
+        dist.send(mine_nX.to(_wire_device()).contiguous(), 0)
+        return None
+    all_NX = mine_nX.new_empty(num_rows, *mine_nX.shape[1:])
+    all_NX[:len(mine_nX)] = mine_nX
+    for source in range(1, world_size()):
+        blocks = share(-(-num_rows // block_rows), source)
+        part = all_NX[blocks.start * block_rows:blocks.stop * block_rows]
+        received = torch.empty_like(part, device=_wire_device())
+        dist.recv(received, source)
+        part.copy_(received)
+    return all_NX
 
 
 @contextmanager

@@ -19,12 +19,12 @@ class RQVAEConfig(Config):
     """codebooks of method rq_vae before training: random, or residual k-means of the first latents"""
     beta: float = Field(0.25, ge=0)
     """weight of the commitment loss (TIGER)"""
-    epochs: int = Field(100, ge=0)
+    epochs: int = Field(30, ge=0)
     """passes over the fit items"""
-    batch_size: int = Field(2048, ge=1)
+    batch_size: int = Field(512, ge=1)
     """items per step over all processes"""
-    micro_batch_size: int = Field(512, ge=1)
-    """items whose gradient one process computes at once; with fewer micro-batches in a batch than processes, some have nothing to do"""
+    micro_batch_size: int = Field(256, ge=1)
+    """items whose gradient one process computes at once; processes beyond batch_size / micro_batch_size have nothing to do"""
     lr: float = Field(1e-3, gt=0)
     """peak learning rate of encoder and decoder (AdamW), decayed to zero by a cosine"""
     codebook_lr: float = Field(1e-2, gt=0)

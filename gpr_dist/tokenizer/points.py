@@ -21,7 +21,6 @@ from gpr_dist.tokenizer.config import TokenizerConfig
 
 BLOCK_ROWS = 8192
 """fit rows of a block; a power of two, so that every block begins at an aligned address"""
-_LARGEST = 1e30  # squares of sums must stay finite in float32
 
 
 class ArrowRows:
@@ -72,6 +71,11 @@ def open_embeddings(path: str | Path, column: str = "embedding") -> np.ndarray |
         raise TokenizerError(f"{path} cannot be read ({error}); give a .npy of [items, dim]") from None
 
 
+def to_float32(rows_nD: np.ndarray) -> Tensor:
+    """A float32 copy in memory of torch's own, whose alignment is always the same."""
+    return torch.empty(rows_nD.shape, dtype=torch.float32).copy_(torch.from_numpy(np.array(rows_nD)))
+
+
 class Points:
     """The normalised fit rows. Every process makes one with the same arguments and owns a contiguous run of its blocks.
 
@@ -95,8 +99,8 @@ class Points:
             self._rows_F.sort()  # a memory map is read front to back
         self.num_rows = min(num_items, config.max_fit_items)
         blocks = share(-(-self.num_rows // BLOCK_ROWS))
-        self._lo, self._hi = blocks.start * BLOCK_ROWS, min(blocks.stop * BLOCK_ROWS, self.num_rows)
-        self.held = (self._hi - self._lo) * self.dim * 4 <= config.fit_memory_gb * 2**30
+        self._lo, self._hi = (min(block * BLOCK_ROWS, self.num_rows) for block in (blocks.start, blocks.stop))
+        self.held = (self._hi - self._lo) * self.dim * 4 <= config.fit_memory_gb / 2 * 2**30  # the other half is for residuals
         self._held_FD = torch.empty(self._hi - self._lo, self.dim, device=device) if self.held else None
         self.mean_D, self.scale = self._normalisation()
         if self.held:
@@ -130,15 +134,15 @@ class Points:
 
     def _read(self, fit_rows: slice | np.ndarray) -> Tensor:
         """Embeddings as they are, float32 on the device. Raises: TokenizerError for a value that is not finite."""
+        if not isinstance(fit_rows, slice) and len(fit_rows) and fit_rows[-1] - fit_rows[0] + 1 == len(fit_rows):
+            fit_rows = slice(int(fit_rows[0]), int(fit_rows[-1]) + 1) if (np.diff(fit_rows) == 1).all() else fit_rows
         items = fit_rows if self._rows_F is None else self._rows_F[fit_rows]
-        stored_nD = self._embeddings_ND[items]
-        rows_nD = torch.empty(stored_nD.shape, dtype=torch.float32)  # aligned, as numpy's memory need not be
-        rows_nD.numpy()[:] = stored_nD
-        good_n = rows_nD.abs().amax(1) <= _LARGEST  # also false for NaN
+        rows_nD = to_float32(self._embeddings_ND[items])
+        good_n = rows_nD.square().sum(1).isfinite()
         if not bool(good_n.all()):
             bad = int(good_n.int().argmin())
             item = items.start + bad if isinstance(items, slice) else items[bad]
-            raise TokenizerError(f"embedding of item {item} is not finite or beyond ±{_LARGEST:g} ({int((~good_n).sum())} of "
+            raise TokenizerError(f"embedding of item {item} is not finite, or its squares are not ({int((~good_n).sum())} of "
                                  f"{len(good_n)} rows read with it); repair the embeddings")
         return rows_nD.to(self.device)
 

@@ -7,6 +7,7 @@ for and how they are stored semantic_ids.py's.
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import nullcontext
 from itertools import pairwise
 
 import numpy as np
@@ -15,13 +16,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gpr_dist.errors import TokenizerError
+from gpr_dist.tokenizer.collective import gather_shares, map_blocks, rank, share, together
 from gpr_dist.tokenizer.config import TokenizerConfig
 from gpr_dist.tokenizer.kmeans import nearest, resolve_device
+from gpr_dist.tokenizer.points import to_float32
 
 # N items  n items of a chunk  D embedding dim  K latent dim (of the codes)  L levels  V codes per level
 
-READ_ROWS = 65_536
-"""rows of a memory map held in memory at once"""
+READ_ROWS = 8192
+"""rows of a memory map a thread holds in memory at once; fixed, so that the codes do not depend on the number of threads and processes"""
 
 
 class Quantizer(nn.Module):
@@ -41,6 +44,7 @@ class Quantizer(nn.Module):
             with torch.random.fork_rng(devices=()):
                 torch.default_generator.manual_seed(config.seed)
                 self.encoder, self.decoder = _mlp(widths), _mlp(widths[::-1])
+                nn.init.uniform_(self.codebooks_LVK, -1 / config.codebook_size, 1 / config.codebook_size)
             if self.residual:
                 for mlp in (self.encoder, self.decoder):
                     nn.init.zeros_(mlp[-1].weight)
@@ -78,23 +82,35 @@ class Quantizer(nn.Module):
             residual_nK = residual_nK - codebook_VK[codes[-1]]
         return torch.stack(codes, 1)
 
-    def encode(self, embeddings_ND: np.ndarray) -> np.ndarray:
-        """Codes of every row: int32 [N, L], read from a memory map chunk by chunk, on the configured device.
+    def encode(self, embeddings_ND: np.ndarray, all_processes: bool = False) -> np.ndarray | None:
+        """Codes of every row: int32 [N, L], read from a memory map block by block, on the configured device.
 
-        Raises: TokenizerError for a wrong dimension and for values that are not finite.
+        Args: all_processes: every process of torch.distributed calls it, encodes a contiguous share, and rank 0 gets all codes, the
+            others None. Else whoever calls it works alone.
+        Raises: TokenizerError for a wrong dimension and for values that are not finite; with `all_processes` on all of them.
         """
         if embeddings_ND.ndim != 2 or embeddings_ND.shape[1] != self.dim:
             raise TokenizerError(f"embeddings have shape {embeddings_ND.shape}, the tokenizer needs [items, {self.dim}]; "
                                  "encode with embeddings of the same kind as those it was fitted on")
-        codes_NL = np.empty((len(embeddings_ND), self.config.num_levels), np.int32)
-        device = resolve_device(self.config.device)
+        num_items, device = len(embeddings_ND), resolve_device(self.config.device)
         self.to(device)
-        with tqdm(total=len(embeddings_ND), desc="encode items", unit="item", unit_scale=True, mininterval=0.5) as bar, torch.no_grad():
-            for lo in range(0, len(embeddings_ND), READ_ROWS):
-                rows_nD = torch.from_numpy(finite(embeddings_ND[lo:lo + READ_ROWS], lo)).to(device)
-                codes_NL[lo:lo + READ_ROWS] = self.assign(self.latent(self.normalise(rows_nD))).cpu().numpy()
-                bar.update(len(rows_nD))
-        return codes_NL
+        blocks = range(-(-num_items // READ_ROWS))
+        blocks = share(len(blocks)) if all_processes else blocks
+        first, stop = (min(block * READ_ROWS, num_items) for block in (blocks.start, blocks.stop))
+        codes_nL = torch.empty(stop - first, self.config.num_levels, dtype=torch.int32)
+
+        @torch.no_grad()
+        def encode_block(lo: int) -> int:
+            rows_nD = torch.from_numpy(finite(embeddings_ND[lo:min(lo + READ_ROWS, stop)], lo)).to(device)
+            codes_nL[lo - first:lo - first + len(rows_nD)] = self.assign(self.latent(self.normalise(rows_nD)))
+            return len(rows_nD)
+
+        with together() if all_processes else nullcontext(), tqdm(total=len(codes_nL), desc="encode items", unit="item", unit_scale=True,
+                                                                  mininterval=0.5, disable=all_processes and rank() != 0) as bar:
+            for done in map_blocks(encode_block, range(first, stop, READ_ROWS), device):
+                bar.update(done)
+        codes = gather_shares(codes_nL, num_items, READ_ROWS) if all_processes else codes_nL
+        return None if codes is None else codes.numpy()
 
     @torch.no_grad()
     def reconstruct(self, codes_nL: np.ndarray, num_levels: int | None = None) -> np.ndarray:
@@ -130,8 +146,8 @@ class Quantizer(nn.Module):
 
 def finite(rows: np.ndarray, first_row: int) -> np.ndarray:
     """A float32 copy. Raises: TokenizerError naming the first row that is not finite."""
-    rows = np.array(rows, dtype=np.float32, order="C")
-    good = np.isfinite(rows).all(1)
+    rows = to_float32(rows).numpy()
+    good = np.isfinite(rows.sum(1))
     if not good.all():
         bad = int(np.argmin(good))
         raise TokenizerError(f"embedding of item {first_row + bad} is not finite ({int((~good).sum())} of {len(rows)} rows read with it); "

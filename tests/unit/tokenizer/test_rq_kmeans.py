@@ -1,17 +1,15 @@
-"""Laws of residual k-means: residuals, nearest centroids, monotone error, quality beside scikit-learn, determinism, bad input."""
+"""Laws of residual k-means: residuals, means, unused codes, out of core as in memory, determinism, bad input."""
 
 import numpy as np
 import pytest
 import torch
-from sklearn.cluster import KMeans as ReferenceKMeans
 
 from gpr_dist.config import build_config
 from gpr_dist.errors import ConfigError, TokenizerError
-from gpr_dist.tokenizer import kmeans as kmeans_module
-from gpr_dist.tokenizer import quantizer, rq_kmeans
+from gpr_dist.tokenizer import points as points_module
+from gpr_dist.tokenizer import quantizer
 from gpr_dist.tokenizer.config import TokenizerConfig
 from gpr_dist.tokenizer.fit import fit_quantizer
-from gpr_dist.tokenizer.kmeans import kmeans, nearest
 from gpr_dist.tokenizer.quantizer import Quantizer
 
 
@@ -40,60 +38,8 @@ def encode(points: np.ndarray, codebooks: np.ndarray, device: str) -> np.ndarray
     return made.encode(points)
 
 
-def fit_kmeans(points: np.ndarray, num_codes: int, seed: int = 0, iterations: int = 100):
-    generator = torch.Generator().manual_seed(seed)
-    return kmeans(torch.from_numpy(points), torch.ones(len(points)), num_codes, iterations, 0.0, generator)
-
-
 def squared_distances(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     return np.square(points[:, None].astype(np.float64) - centroids[None]).sum(-1)
-
-
-@pytest.mark.parametrize("offset", [0.0, 1000.0])
-def test_nearest_is_the_brute_force_minimum_also_far_from_the_origin(offset, monkeypatch):
-    monkeypatch.setitem(kmeans_module._SCORES, "cpu", 512)  # several chunks
-    points, centroids = clustered() + np.float32(offset), clustered(30, seed=1) + np.float32(offset)
-    codes, distances = nearest(torch.from_numpy(points), torch.from_numpy(centroids))
-    expected = squared_distances(points, centroids)
-    np.testing.assert_allclose(expected[np.arange(len(points)), codes], expected.min(1), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(distances, expected.min(1), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("num_clusters", [40, 2000])  # 2000: one broad cloud
-def test_inertia_never_increases_and_is_no_worse_than_scikit_learn(seed, num_clusters):
-    points = clustered(num_clusters=num_clusters, seed=seed)
-    # more codes than clusters: with as many, single runs of either differ by 20 % depending on which cluster the start misses
-    result = fit_kmeans(points, 64, seed)
-    assert np.all(np.diff(result.inertia) <= 1e-6 * result.inertia[0])
-    reference = ReferenceKMeans(64, n_init=1, random_state=seed, max_iter=100, tol=0).fit(points)
-    assert squared_distances(points, result.centroids_VD.numpy()).min(1).sum() <= 1.02 * reference.inertia_
-
-
-def test_inertia_never_increases_when_clusters_run_empty(monkeypatch):
-    points = clustered()
-    bad_start = np.concatenate([points[:2], np.full((18, points.shape[1]), 50, np.float32) + points[:18]])
-    monkeypatch.setattr(kmeans_module, "_plus_plus", lambda *_: torch.from_numpy(bad_start))
-    result = fit_kmeans(points, 20)
-    assert np.all(np.diff(result.inertia) <= 0)
-    codes, _ = nearest(torch.from_numpy(points), result.centroids_VD)
-    assert len(codes.unique()) == 20
-
-
-def test_weights_stand_for_repeated_points():
-    points = clustered(300)
-    weights = np.random.default_rng(0).integers(1, 5, len(points))
-    repeated = np.repeat(points, weights, axis=0)
-    distinct, counted = rq_kmeans._distinct(repeated, np.ones(len(repeated)))
-    order, expected = np.lexsort(distinct.T), np.lexsort(points.T)
-    np.testing.assert_array_equal(distinct[order], points[expected])
-    np.testing.assert_array_equal(counted[order], weights[expected])
-    codes = torch.from_numpy(np.random.default_rng(1).integers(7, size=len(points)))
-    sums, mass = kmeans_module._cluster_sums(torch.from_numpy(points), torch.from_numpy(weights).float(), codes, 7)
-    codes_repeated = np.repeat(codes.numpy(), weights)
-    for code in range(7):
-        np.testing.assert_allclose(sums[code], repeated[codes_repeated == code].sum(0, dtype=np.float64), rtol=1e-5, atol=1e-6)
-        assert mass[code] == (codes_repeated == code).sum()
 
 
 def test_encode_follows_the_residual_law_level_by_level(monkeypatch):
@@ -139,6 +85,25 @@ def test_the_fit_reads_only_its_sample():
     poisoned = np.full_like(points, np.nan)
     poisoned[rows] = points[rows]
     np.testing.assert_array_equal(fit_codebooks(poisoned, small(max_fit_items=500)), fit_codebooks(points, small(max_fit_items=500)))
+
+
+@pytest.mark.parametrize("per_code", [None, 20])
+def test_out_of_core_gives_the_same_bits_as_in_memory(per_code, tmp_path, monkeypatch):
+    monkeypatch.setattr(points_module, "BLOCK_ROWS", 256)
+    np.save(tmp_path / "embeddings.npy", clustered())
+    stored = np.load(tmp_path / "embeddings.npy", mmap_mode="r")
+    in_memory, out_of_core = (fit_quantizer(stored, small(fit_memory_gb=gb, kmeans_items_per_code=per_code)) for gb in (1, 1e-9))
+    assert in_memory.fingerprint == out_of_core.fingerprint
+
+
+def test_kmeans_on_a_sample_is_nearly_as_good():
+    points = clustered(6000, num_clusters=6000)
+    errors = []
+    for per_code in (None, 128):
+        codebooks = fit_codebooks(points, small(kmeans_items_per_code=per_code))
+        codes = encode(points, codebooks, "cpu")
+        errors.append(np.square(points - sum(codebooks[level][codes[:, level]] for level in range(3))).sum())
+    assert errors[1] < 1.06 * errors[0]
 
 
 def test_items_told_apart_early_leave_later_codes_unused():
