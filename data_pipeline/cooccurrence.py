@@ -9,16 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import scipy.sparse as sp
-import xxhash
 from pydantic import Field
 from sklearn.decomposition import TruncatedSVD
 from tqdm import tqdm
 
+from data_pipeline.shards import iter_record_batches
 from gpr_dist.config import Config
 from gpr_dist.errors import DataError
-from gpr_dist.schema import JOURNEY_SCHEMA, ShardManifest
 
 # N catalogue items  M items with a vector  D dim  T tokens of one chunk
 
@@ -109,7 +107,7 @@ def _chunks(shards: Path, config: CooccurrenceConfig) -> Iterator[tuple[np.ndarr
     """Item tokens of whole record batches: catalogue index, row and whether fresh, int64 / int64 / bool [T]."""
     held, num_held, num_read = [], 0, 0
     with tqdm(desc="count co-occurrences", unit="token", unit_scale=True, mininterval=0.5) as bar:
-        for number, batch in enumerate(_record_batches(shards, config.seed)):
+        for number, batch in enumerate(iter_record_batches(shards, config.seed, ", or set cooccurrence.dim=0")):
             items = batch.column("item")
             lengths = np.diff(items.offsets.to_numpy())
             row_T = np.repeat(np.arange(len(lengths)), lengths)
@@ -128,24 +126,3 @@ def _chunks(shards: Path, config: CooccurrenceConfig) -> Iterator[tuple[np.ndarr
                 return
         if held:
             yield tuple(map(np.concatenate, zip(*held, strict=True)))
-
-
-def _record_batches(shards: Path, seed: int) -> Iterator[pa.RecordBatch]:
-    """Every record batch of the split, in a random order."""
-    try:
-        manifest = ShardManifest.parse((shards / "manifest.json").read_bytes(), str(shards / "manifest.json"))
-        index = pa.ipc.open_file(shards / "index.arrow").read_all()
-        files = [pa.memory_map(str(shards / shard.name)).read_buffer() for shard in manifest.shards]
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"co-occurrence needs the training shards, {shards} cannot be read ({error}); run launch/build_data.py first, "
-                        "or set cooccurrence.dim=0") from None
-    columns = ("shard", "offset", "num_bytes", "checksum")
-    shard, offset, num_bytes, checksum = (index[name].to_numpy() for name in columns)
-    for i in np.random.default_rng(seed).permutation(len(index)):
-        content = memoryview(files[shard[i]])[offset[i]:offset[i] + num_bytes[i]]
-        if xxhash.xxh3_64_intdigest(content) != checksum[i]:
-            raise DataError(f"{shards / manifest.shards[shard[i]].name}: record batch at byte {offset[i]} is damaged; rebuild the shards")
-        if manifest.container == "arrow":
-            yield pa.ipc.read_record_batch(pa.ipc.read_message(content), JOURNEY_SCHEMA)
-        else:
-            yield pa.ipc.open_stream(content).read_next_batch()

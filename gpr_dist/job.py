@@ -11,8 +11,11 @@ from gpr_dist.config import Config
 from gpr_dist.data.loader import LoaderConfig
 from gpr_dist.data.reader import ShardReader
 from gpr_dist.decoding.beam_search import Softmax
+from gpr_dist.errors import ConfigError
 from gpr_dist.evaluation.validate import ValidationConfig
 from gpr_dist.model.gpr import GPRConfig
+from gpr_dist.model.knowledge import KnowledgeConfig
+from gpr_dist.schema import KnowledgeManifest
 from gpr_dist.tokenizer.semantic_ids import SemanticIds
 from gpr_dist.training.engine import EngineConfig
 from gpr_dist.training.loop import FitConfig
@@ -32,6 +35,8 @@ class DataConfig(Config):
     """config of launch/build_data.py, run first when the data set is missing and the config's `out` is `folder`"""
     fit_tokenizer: Path | None = None
     """config of launch/fit_tokenizer.py, run first when the tokenizer is missing and the config's `data` and `out` are these two folders"""
+    knowledge: Path | None = None
+    """external knowledge of the users, made by launch/build_knowledge.py for these shards; none = the model has none"""
     softmax: Softmax = "prior"
     """codes the softmax runs over in training and search: all; legal = those legal at the request (the paper's); prior = the same with
     the log of each code's popularity added to its logit"""
@@ -87,7 +92,7 @@ def tokenizer_folder(config: DataConfig) -> Path:
 
 
 def resolve(config: PretrainConfig) -> tuple[PretrainConfig, SemanticIds, dict[str, str]]:
-    """Fill in what data and tokenizer decide. Returns: (config, semantic IDs, fingerprints that checkpoints must carry)."""
+    """Fill in what data, tokenizer and knowledge decide. Returns: (config, semantic IDs, fingerprints that checkpoints must carry)."""
     manifest = ShardReader(train_shards(config.data), cache_dir=config.data.loader.cache_dir).manifest
     semantic_ids = SemanticIds.load(tokenizer_folder(config.data))
     semantic_ids.check_catalogue(manifest.catalogue_fingerprint, str(train_shards(config.data)))
@@ -95,6 +100,14 @@ def resolve(config: PretrainConfig) -> tuple[PretrainConfig, SemanticIds, dict[s
                                             "num_user_features": len(manifest.user_features),
                                             "num_env_features": len(manifest.env_features)})
     fingerprints = {"tokenizer": semantic_ids.codebook_fingerprint, "data": manifest.fingerprint}
+    if config.data.knowledge is not None:
+        knowledge = KnowledgeManifest.load(config.data.knowledge)
+        sizes = KnowledgeConfig(num_vectors=knowledge.num_vectors, width=knowledge.width)
+        model = model.model_copy(update={"knowledge": sizes})
+        fingerprints["knowledge"] = knowledge.fingerprint
+    elif model.knowledge.num_vectors:
+        raise ConfigError(f"model.knowledge.num_vectors={model.knowledge.num_vectors}, but data.knowledge names no folder; make one with "
+                          "launch/build_knowledge.py")
     return config.model_copy(update={"model": model}), semantic_ids, fingerprints
 
 

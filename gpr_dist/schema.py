@@ -138,6 +138,63 @@ class ShardManifest(Config):
             raise DataError(f"{where} is damaged ({error}); rebuild the shards with launch/build_data.py") from None
 
 
+class KnowledgeRows(Config):
+    """Which text each row of one split has; found by the split's fingerprint."""
+
+    split: str
+    file: str
+    """.npy int64 [rows of the split]: row of the vectors, -1 = no text"""
+    checksum: str
+    """xxh3_64 of that file"""
+    num_rows: int
+    num_missing: int
+    """rows without a text"""
+
+
+class KnowledgeManifest(Config):
+    """`knowledge.json` of a folder of external knowledge, written last (data_pipeline/knowledge.py; read by gpr_dist/data/knowledge.py)."""
+
+    schema_version: int = SCHEMA_VERSION
+    num_texts: int
+    """rows of the vectors: users, or users and moments"""
+    num_vectors: int
+    """vectors m of one row"""
+    width: int
+    """their width E"""
+    columns: tuple[str, ...]
+    """what each of the m vectors is made from"""
+    encoder: dict[str, str]
+    """what makes a vector of a text; with `columns`, what a vector means"""
+    vectors: str
+    """.npy float16 or float32 [num_texts, m, E]"""
+    blocks: str
+    """.npy uint64: xxh3_64 of every `block_rows` rows of the vectors"""
+    block_rows: int
+    blocks_checksum: str
+    """xxh3_64 of that file, and with it of all vectors"""
+    splits: dict[str, KnowledgeRows]
+    """by the fingerprint of the split's manifest"""
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies what a vector means, not whose it is: a model goes on with refreshed texts of the same encoder (16 hex digits)."""
+        content = self.model_dump(mode="json", include={"num_vectors", "width", "columns", "encoder"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "KnowledgeManifest":
+        """Raises: DataError when there is none, or it is damaged or of another version."""
+        path = Path(folder) / "knowledge.json"
+        try:
+            values = json.loads(path.read_bytes())
+            if values.get("schema_version") != SCHEMA_VERSION:
+                raise DataError(f"{path}: schema version {values.get('schema_version')}, this code reads {SCHEMA_VERSION}; make it again "
+                                "with launch/build_knowledge.py")
+            return build_config(cls, values, str(path))
+        except (OSError, json.JSONDecodeError, AttributeError, ConfigError) as error:
+            raise DataError(f"{path} cannot be read ({error}); make it with launch/build_knowledge.py") from None
+
+
 @dataclass
 class Batch:
     """One micro-batch: B journey segments packed end to end, without padding. All tensors; codes are -1 where there is no item."""

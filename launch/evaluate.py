@@ -22,7 +22,7 @@ from gpr_dist.evaluation.evaluate import comparison_table, evaluate_generation
 from gpr_dist.evaluation.validate import ValidationConfig, open_catalogue, open_journeys
 from gpr_dist.job import DataConfig, split_shards
 from gpr_dist.model.gpr import GPR, GPRConfig
-from gpr_dist.schema import write_atomic
+from gpr_dist.schema import KnowledgeManifest, write_atomic
 from gpr_dist.tokenizer.semantic_ids import SemanticIds
 from gpr_dist.training import checkpoint
 
@@ -38,6 +38,8 @@ class EvaluateConfig(Config):
     """data set folder; none = the one the run was trained on"""
     tokenizer: Path | None = None
     """tokenizer bundle; none = the run's"""
+    knowledge: Path | None = None
+    """external knowledge for that data; none = the run's"""
     split: Literal["validation", "test"] = "test"
     """what is held out"""
     baselines: bool = True
@@ -60,6 +62,7 @@ def main() -> int:
     semantic_ids = SemanticIds.load(config.tokenizer or trained.tokenizer or data.folder / "tokenizer")
     semantic_ids.check_codebooks(state["fingerprints"]["tokenizer"], str(folder))
     semantic_ids.check_catalogue(ShardReader(shards[config.split]).manifest.catalogue_fingerprint, shards[config.split])
+    knowledge = check_knowledge(config.knowledge or trained.knowledge, state, folder)
     out = config.out or report_path(config, folder, trained)
     if args.dry_run:
         print(f"would evaluate {folder} on the {config.split} split of {data.folder}, report in {out}")
@@ -73,7 +76,7 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     catalogue.trie = catalogue.trie.to(device)
     batches = iter_once(shards[config.split], LoaderConfig(micro_batch_tokens=config.micro_batch_tokens), World(0, 1),
-                        semantic_ids.codes_NL, model.config.num_mtp_heads, config.settings.max_rows)
+                        semantic_ids.codes_NL, model.config.num_mtp_heads, config.settings.max_rows, knowledge=knowledge)
     decode = ModelDecoder(model.to(device), device)
     results = {f"GPR {folder.name}": evaluate_generation(decode, batches, catalogue.trie, catalogue.eligibility, catalogue.item_weight,
                                                          config.settings.ks, config.settings.beam_width, trained.softmax)}
@@ -81,6 +84,16 @@ def main() -> int:
         results |= evaluate_baselines(log, catalogue.eligibility, semantic_ids.num_items, config.settings.baselines, config.settings.ks)
     report(results, config, folder, data.folder, out)
     return 0
+
+
+def check_knowledge(knowledge: Path | None, state: dict[str, Any], folder: Path) -> Path | None:
+    """The folder of external knowledge, if the model has any. Raises: CheckpointError when the model cannot read its vectors."""
+    wanted = state["fingerprints"].get("knowledge")
+    found = None if knowledge is None else KnowledgeManifest.load(knowledge).fingerprint
+    if found != wanted:
+        raise CheckpointError(f"{folder} was trained with knowledge {wanted}, {knowledge} has {found}: other vectors or another encoder; "
+                              "give knowledge made with the same encoder (embedding.source=same)")
+    return knowledge
 
 
 def is_trained_data(config: EvaluateConfig, trained: DataConfig) -> bool:

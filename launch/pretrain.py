@@ -82,7 +82,7 @@ def main() -> int:
     eligibility = Eligibility.load(config.data.folder)
     legal = open_legal_codes(engine, config, semantic_ids, eligibility)
     loader = build_loader(train_shards(config.data), config.data.loader, World(rank, world_size), semantic_ids.codes_NL,
-                          config.model.num_mtp_heads, legal)
+                          config.model.num_mtp_heads, legal, config.data.knowledge)
     objective = mtp_objective(config.model.num_mtp_heads, config.value_loss_weight, config.head_weights)
     validate = open_validation(engine, config, semantic_ids, eligibility, objective, legal)
 
@@ -136,7 +136,7 @@ def open_validation(engine: Engine, config: PretrainConfig, semantic_ids: Semant
     together(lambda: save_popularity(path, earlier, semantic_ids.num_items, config.validation.baselines), only_if=engine.rank == 0)
     catalogue = open_catalogue(semantic_ids, eligibility, np.load(path, allow_pickle=False), engine.device)
     return build_validation(engine, shards["validation"], catalogue, objective, config.validation, config.data.loader,
-                            config.model.num_mtp_heads, legal, config.data.softmax)
+                            config.model.num_mtp_heads, legal, config.data.softmax, config.data.knowledge)
 
 
 def dry_run(config: PretrainConfig) -> int:

@@ -20,6 +20,7 @@ from pydantic import Field
 
 from gpr_dist.config import Config
 from gpr_dist.data.collate import JourneyColumns, collate
+from gpr_dist.data.knowledge import KnowledgeVectors
 from gpr_dist.data.legal import LegalCodes
 from gpr_dist.data.reader import ShardReader
 from gpr_dist.data.sampler import EpochPlan, Sampling, World, build_sampling, owned_streams, pack_in_order, pack_steps
@@ -217,12 +218,12 @@ class OnePass:
 
 
 def build_loader(folder: str | Path, config: LoaderConfig, world: World, codes_ML: np.ndarray, num_heads: int,
-                 legal: LegalCodes | None = None) -> Loader:
+                 legal: LegalCodes | None = None, knowledge: Path | None = None) -> Loader:
     """Open a split (path or URI) for training.
 
     Args: codes_ML: semantic ID of each catalogue item, [num_items, L]; num_heads: MTP heads; legal: adds what the training softmax runs
-        over (none = all codes).
-    Raises: ConfigError for sizes that do not fit; DataError for a damaged or empty split, or codes of another catalogue.
+        over (none = all codes); knowledge: folder of external knowledge (none = batches have none).
+    Raises: ConfigError for sizes that do not fit; DataError for a damaged or empty split, or codes or knowledge of other data.
     """
     sampling = build_sampling(config.seed, config.global_batch_size, world.size, config.micro_batch_tokens, config.num_streams,
                               config.shuffle_rows, config.quadratic_at)
@@ -230,23 +231,28 @@ def build_loader(folder: str | Path, config: LoaderConfig, world: World, codes_M
     if reader.manifest.num_rows == 0:
         raise DataError(f"{folder} has no journeys; check the time cut-offs of the build")
     _check_codes(reader, codes_ML)
-    make_batch = _batch_maker(reader, codes_ML, num_heads, legal, counted=True)
+    make_batch = _batch_maker(reader, codes_ML, num_heads, legal, knowledge, config, counted=True)
     return Loader(reader, sampling, world, make_batch, config.prefetch_steps, config.read_threads)
 
 
 def iter_once(folder: str | Path, config: LoaderConfig, world: World, codes_ML: np.ndarray, num_heads: int,
-              max_rows: int | None = None, legal: LegalCodes | None = None) -> OnePass:
+              max_rows: int | None = None, legal: LegalCodes | None = None, knowledge: Path | None = None) -> OnePass:
     """Open a split for one deterministic pass, each row on exactly one rank; `max_rows`: only the first so many rows."""
     reader = ShardReader(folder, config.verify, config.on_corrupt, config.cache_dir)
     _check_codes(reader, codes_ML)
-    return OnePass(reader, world, _batch_maker(reader, codes_ML, num_heads, legal, counted=False), config.micro_batch_tokens, max_rows)
+    make_batch = _batch_maker(reader, codes_ML, num_heads, legal, knowledge, config, counted=False)
+    return OnePass(reader, world, make_batch, config.micro_batch_tokens, max_rows)
 
 
-def _batch_maker(reader: ShardReader, codes_ML: np.ndarray, num_heads: int, legal: LegalCodes | None, counted: bool) -> MakeBatch:
+def _batch_maker(reader: ShardReader, codes_ML: np.ndarray, num_heads: int, legal: LegalCodes | None, knowledge: Path | None,
+                 config: LoaderConfig, counted: bool) -> MakeBatch:
     num_features = len(reader.manifest.user_features), len(reader.manifest.env_features)
+    vectors = None if knowledge is None else KnowledgeVectors(knowledge, reader.manifest, config.verify)
 
     def make(journeys: JourneyColumns, rows: np.ndarray) -> Batch:
         batch = collate(journeys, rows, codes_ML, num_heads, *num_features, reader.locate)
+        if vectors is not None:
+            batch.knowledge_BmE = vectors.gather(rows)
         return batch if legal is None else legal.add_to(batch, counted)
 
     return make

@@ -84,11 +84,12 @@ def open_catalogue(semantic_ids: SemanticIds, eligibility: Eligibility, populari
 
 
 def build_validation(engine: Engine, shards: str | Path, catalogue: Catalogue, objective: Objective, config: ValidationConfig,
-                     loader: LoaderConfig, num_heads: int, legal: LegalCodes | None, softmax: Softmax) -> Callable[[], dict[str, float]]:
+                     loader: LoaderConfig, num_heads: int, legal: LegalCodes | None, softmax: Softmax,
+                     knowledge: Path | None = None) -> Callable[[], dict[str, float]]:
     """The function `fit` calls: validation/loss and ranking metrics over `config.max_rows` journeys of a split (collective)."""
     world = World(engine.rank, engine.world_size)
     codes_ML = catalogue.semantic_ids.codes_NL
-    batches = iter_once(shards, loader, world, codes_ML, num_heads, config.max_rows, legal)
+    batches = iter_once(shards, loader, world, codes_ML, num_heads, config.max_rows, legal, knowledge)
 
     @torch.no_grad()
     def validate() -> dict[str, float]:

@@ -102,7 +102,7 @@ def test_join_weights_the_content_and_leaves_unseen_items_without_behaviour(tmp_
 
 
 def test_missing_damaged_or_too_small_shards_are_refused(tmp_path):
-    with pytest.raises(DataError, match=r"co-occurrence needs the training shards, .*nowhere"):
+    with pytest.raises(DataError, match=r"shards .*nowhere cannot be read .*cooccurrence.dim=0"):
         cooccurrence_svd(tmp_path / "nowhere", NUM_ITEMS, CooccurrenceConfig(dim=4))
     folder = write_shards(tmp_path / "train", [journey([0, 1, 2])])
     with pytest.raises(DataError, match=r"only 3 items co-occur, too few for cooccurrence.dim=4"):
