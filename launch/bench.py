@@ -3,6 +3,7 @@
 import sys
 
 import bench_loader
+import bench_step
 import bench_table1
 import bench_tokenizer
 
@@ -11,6 +12,7 @@ from gpr_dist.errors import ConfigError, run_cli
 
 COMMANDS = {
     "loader": (bench_loader.LoaderBenchConfig, bench_loader.run_bench, "rows/s and MB/s of the streaming loader beside other loaders"),
+    "step": (bench_step.StepBenchConfig, bench_step.run_bench, "training step: rates, MFU, time by part, beside two public models"),
     "tokenizer": (bench_tokenizer.TokenizerBenchConfig, bench_tokenizer.run_bench, "fit and encode speed beside other residual quantizers"),
     "table1": (bench_table1.Table1Config, bench_table1.run_bench, "collision, CUR and PAS of the tokenizer's methods on held-out items"),
 }
