@@ -17,8 +17,10 @@ from data_pipeline.embeddings import EmbeddingConfig, TextSVD, embed_items, fit_
 from gpr_dist.config import Config
 from gpr_dist.errors import DataError, TokenizerError
 from gpr_dist.schema import write_atomic
+from gpr_dist.tokenizer.collective import rank, together
 from gpr_dist.tokenizer.config import TokenizerConfig
 from gpr_dist.tokenizer.fit import fit_tokenizer
+from gpr_dist.tokenizer.points import open_embeddings
 from gpr_dist.tokenizer.semantic_ids import SemanticIds
 
 TEXT_SVD = "text_svd"  # attachment: the fitted text encoder
@@ -40,22 +42,35 @@ class FitTokenizerConfig(Config):
     """how the codebooks are fitted"""
 
 
-def build_tokenizer(config: FitTokenizerConfig) -> SemanticIds:
+def build_tokenizer(config: FitTokenizerConfig) -> SemanticIds | None:
     """Embed the catalogue's items, fit the tokenizer, save the bundle in `config.out`.
 
+    With torch.distributed every process calls this; rank 0 embeds and saves, all fit and encode, and must see the same data folder.
+    Returns: the bundle on rank 0, None elsewhere.
     Raises: DataError for an unusable catalogue or embeddings, TokenizerError when they cannot be tokenised.
     """
-    catalogue = open_catalogue(config.data)
+    catalogue, path, text_svd = open_catalogue(config.data), config.data / "embeddings.npy", None
+    with together():
+        if rank() == 0:
+            text_svd = _embed_catalogue(catalogue, config, path)
+    fitted = fit_tokenizer(open_embeddings(path), config.tokenizer, catalogue.fingerprint)
+    with together():
+        if fitted is None:
+            return None
+        attachments = {PROVENANCE: _save_provenance(catalogue, config)}
+        if text_svd is not None:
+            attachments[TEXT_SVD] = text_svd.save(config.out)
+        return replace(fitted, attachments=attachments).save(config.out)
+
+
+def _embed_catalogue(catalogue: Catalogue, config: FitTokenizerConfig, path: Path) -> TextSVD | None:
+    """Write the vectors the tokenizer is fitted on. Returns: the fitted text encoder, if there is one."""
     text_svd = fit_text_svd(catalogue_table(catalogue), config.embedding) if config.embedding.source == "text_svd" else None
     behaviour = None
     if config.cooccurrence.dim:
         behaviour = cooccurrence_svd(config.data / "shards" / "train", catalogue.num_items, config.cooccurrence)
-    embeddings_ND = _embed(catalogue, config, text_svd, config.data / "embeddings.npy", behaviour)
-    fitted = fit_tokenizer(embeddings_ND, config.tokenizer, catalogue.fingerprint)
-    attachments = {PROVENANCE: _save_provenance(catalogue, config)}
-    if text_svd is not None:
-        attachments[TEXT_SVD] = text_svd.save(config.out)
-    return replace(fitted, attachments=attachments).save(config.out)
+    _embed(catalogue, config, text_svd, path, behaviour)
+    return text_svd
 
 
 def append_items(config: FitTokenizerConfig) -> SemanticIds:

@@ -38,9 +38,9 @@ from gpr_dist.training.tracker import Tracker
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def prepare_data(config: DataConfig) -> None:
-    """Build shards and tokenizer that are missing, where the configured build makes exactly these: a misspelt folder is not filled."""
-    shards, bundle = config.folder / "shards" / "train", tokenizer_folder(config)
+def prepare_shards(config: DataConfig) -> None:
+    """Build shards that are missing, where the configured build makes exactly these: a misspelt folder is not filled."""
+    shards = config.folder / "shards" / "train"
     if config.shards is None and not (shards / "manifest.json").exists():
         build = load_config(BuildConfig, _from_root(config.build)) if config.build else None
         if build is None or build.out.resolve() != config.folder.resolve():
@@ -48,6 +48,11 @@ def prepare_data(config: DataConfig) -> None:
             raise DataError(f"no shards in {shards}{other}; correct data.folder, or build them: "
                             f"python launch/build_data.py --config YOUR_LOGS.yaml out={config.folder}")
         build_data(build)
+
+
+def prepare_tokenizer(config: DataConfig) -> None:
+    """Fit a tokenizer that is missing, where the configured fit makes exactly this one; every rank takes its share of the work."""
+    bundle = tokenizer_folder(config)
     if not (bundle / "tokenizer.json").exists():
         fit = load_config(FitTokenizerConfig, _from_root(config.fit_tokenizer)) if config.fit_tokenizer else None
         if fit is None or (fit.data.resolve(), fit.out.resolve()) != (config.folder.resolve(), bundle.resolve()):
@@ -72,7 +77,8 @@ def main() -> int:
     init_distributed(config.engine.timeout_seconds)
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     share_cpu_cores()
-    together(lambda: prepare_data(config.data), only_if=rank == 0)
+    together(lambda: prepare_shards(config.data), only_if=rank == 0)
+    prepare_tokenizer(config.data)
     config, semantic_ids, fingerprints = resolve(config)
     run = config.run.folder / config.run.name
 
