@@ -31,8 +31,10 @@ class RQVAEConfig(Config):
     """peak learning rate of the codebooks, which must keep up with the latents that the encoder moves"""
     weight_decay: float = Field(0.0, ge=0)
     """of the encoder and the decoder; codebooks have none"""
-    restart_epochs: int = Field(5, ge=0)
-    """a code that no item got for this many epochs restarts at an item its level serves badly; 0 = never"""
+    restart_epochs: int = Field(2, ge=0)
+    """every so many epochs the codes that few items got restart beside codes that serve theirs badly; 0 = never"""
+    restart_share: float = Field(0.5, ge=0, lt=1)
+    """few = at most this share of an even split of the items over the level's codes; 0 = none at all (dead codes only)"""
 
 
 class TokenizerConfig(Config):
@@ -50,9 +52,9 @@ class TokenizerConfig(Config):
     """a level stops when one iteration lowers its squared error by less than this share"""
     max_fit_items: int = Field(1_000_000, ge=2)
     """items the codebooks are fitted on, drawn at random when the catalogue has more; every item is encoded"""
-    kmeans_items_per_code: int | None = Field(256, ge=1)
+    kmeans_items_per_code: int | None = Field(512, ge=1)
     """k-means sees at most this many times V of the fit items, the same at all levels; none = all of them. Estimating a
-    centroid from n items adds about 1/n to the error: 0.4 % at 256"""
+    centroid from n items adds about 1/n to the level's error: 0.2 % at 512"""
     fit_memory_gb: float = Field(8.0, gt=0)
     """GiB of fit items and of their residuals one process keeps in memory (of the GPU, on one); what does not fit into half of
     it each is read again from the map at every pass"""

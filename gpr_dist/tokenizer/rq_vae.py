@@ -26,6 +26,7 @@ from gpr_dist.tokenizer.quantizer import Quantizer
 
 SHUFFLED_BLOCKS = 32
 """blocks whose rows are shuffled together: what a memory map must keep in the page cache"""
+_SPLIT = 0.05  # of the way from a code to one of its items, where a restarted code begins
 
 
 class Latents:
@@ -58,7 +59,7 @@ class Training(NamedTuple):
     losses_E3: np.ndarray
     """mean of each epoch over its rows, columns as in RQVAELoss"""
     num_restarted_L: np.ndarray
-    """int64, codes of each level that were unused for `restart_epochs` and moved"""
+    """int64, how many codes of each level restarted, in all epochs together"""
 
 
 def train_rq_vae(quantizer: Quantizer, points: Points) -> Training:
@@ -96,7 +97,8 @@ def train_rq_vae(quantizer: Quantizer, points: Points) -> Training:
                 bar.update()
             losses.append(loss_3)
             if settings.restart_epochs and (epoch + 1) % settings.restart_epochs == 0 and epoch + 1 < settings.epochs:
-                num_restarted_L += _restart(quantizer, points, usage_LV == 0, optimiser, epoch)
+                even = points.num_rows * settings.restart_epochs / config.codebook_size
+                num_restarted_L += _restart(quantizer, points, usage_LV <= settings.restart_share * even, optimiser, epoch)
                 usage_LV.zero_()
     quantizer.zero_grad(set_to_none=True)
     return Training(torch.stack(losses).numpy() if losses else np.zeros((0, 3)), num_restarted_L.numpy())
@@ -163,14 +165,16 @@ def _batches(num_rows: int, config: TokenizerConfig, epoch: int) -> Iterator[np.
 
 
 @torch.no_grad()
-def _restart(quantizer: Quantizer, points: Points, dead_LV: Tensor, optimiser: torch.optim.Optimizer, epoch: int) -> Tensor:
-    """Move dead codes to what their level leaves of random rows, drawn in proportion to the squared distance to their code.
+def _restart(quantizer: Quantizer, points: Points, idle_LV: Tensor, optimiser: torch.optim.Optimizer, epoch: int) -> Tensor:
+    """Move idle codes beside codes that leave much error, a small step towards one of their items, so that the two share what one had.
 
+    Items are drawn from random rows in proportion to the squared distance to their code. On the item itself, instead of beside the code,
+    a restarted code would serve nobody else in many dimensions, and be idle again (measured: RESULTS.md).
     Every process does the same work, so none needs to be told. Returns: codes moved per level, int64 [L], on the CPU.
     """
     config = quantizer.config
     moved_L = torch.zeros(config.num_levels, dtype=torch.int64)
-    if not bool(dead_LV.any()):
+    if not bool(idle_LV.any()):
         return moved_L
     rng = np.random.default_rng((config.seed, config.rq_vae.epochs + epoch))  # a stream of its own beside those of `_batches`
     num_rows = min(points.num_rows, max(config.rq_vae.batch_size, 4 * config.codebook_size))
@@ -179,14 +183,15 @@ def _restart(quantizer: Quantizer, points: Points, dead_LV: Tensor, optimiser: t
     for level, codebook_VK in enumerate(quantizer.codebooks_LVK):
         codes_n, distance_n = nearest(residual_nK, codebook_VK)
         left_nK = residual_nK - codebook_VK[codes_n]
-        dead = dead_LV[level].nonzero()[:, 0]
         # the largest of log weight + Gumbel noise are a weighted draw without replacement
         key_n = distance_n.double().log().cpu() + torch.from_numpy(rng.gumbel(size=num_rows))
-        dead = dead[:int((distance_n > 0).sum())]
-        drawn = key_n.topk(len(dead)).indices.to(points.device)
-        codebook_VK[dead] = residual_nK[drawn]
+        drawn = key_n.topk(int((distance_n > 0).sum())).indices.to(points.device)
+        drawn = drawn[~idle_LV[level][codes_n[drawn]]]  # beside a code that stays where it is
+        idle = idle_LV[level].nonzero()[:len(drawn), 0]
+        drawn = drawn[:len(idle)]
+        codebook_VK[idle] = codebook_VK[codes_n[drawn]] + _SPLIT * left_nK[drawn]
         for moment in ("exp_avg", "exp_avg_sq"):
-            optimiser.state[quantizer.codebooks_LVK][moment][level, dead] = 0
-        moved_L[level] = len(dead)
+            optimiser.state[quantizer.codebooks_LVK][moment][level, idle] = 0
+        moved_L[level] = len(idle)
         residual_nK = left_nK
     return moved_L

@@ -97,6 +97,33 @@ def test_no_epochs_change_nothing():
     assert train_rq_vae(quantizer, points).losses_E3.shape == (0, 3) and quantizer.fingerprint == before
 
 
+def test_one_crowded_code_is_split_until_the_items_are_spread():
+    quantizer, points = started(small(epochs=12, restart_epochs=1))
+    with torch.no_grad():
+        quantizer.codebooks_LVK[:, 1:] = 1e3  # every item gets code 0 of every level
+    train_rq_vae(quantizer, points)
+    codes_nL = quantizer.assign(quantizer.latent(points.take(np.arange(points.num_rows)))).numpy()
+    for level in range(3):
+        usage_V = np.bincount(codes_nL[:, level], minlength=16)
+        assert (usage_V > 0).all() and usage_V.max() < 0.3 * points.num_rows, (level, usage_V)
+
+
+def test_idle_codes_are_those_below_the_share():
+    quantizer, points = started(small(restart_share=0.5))
+    optimiser = torch.optim.AdamW([quantizer.codebooks_LVK])
+    quantizer.codebooks_LVK.sum().backward()
+    optimiser.step()
+    before = quantizer.codebooks_LVK.detach().clone()
+    idle_LV = torch.zeros(3, 16, dtype=torch.bool)
+    idle_LV[0, 3] = idle_LV[2, 5] = True
+    assert rq_vae._restart(quantizer, points, idle_LV, optimiser, 0).tolist() == [1, 0, 1]
+    moved_LV = (quantizer.codebooks_LVK != before).any(2)
+    assert torch.equal(moved_LV, idle_LV)
+    assert not optimiser.state[quantizer.codebooks_LVK]["exp_avg"][idle_LV].any()
+    # beside a code that stayed: nearer to it than to where it was
+    assert torch.cdist(quantizer.codebooks_LVK[0, 3:4], before[0]).argmin() != 3
+
+
 def test_dead_codes_restart_where_items_are_and_are_counted():
     quantizer, points = started(small(epochs=6, restart_epochs=2))
     with torch.no_grad():
