@@ -22,7 +22,7 @@ from gpr_dist.tokenizer.collective import ExactSum, broadcast, gather_rows, map_
 
 SEED_ROWS = 64
 """rows per code that k-means++ chooses from; more make a better start that costs more than the iterations it saves"""
-_SEED_DIM = 64  # k-means++ sees a random projection to this many dimensions, which keeps distances well enough to choose by
+_SEED_DIM = 128  # k-means++ sees a random projection to this many dimensions, which keeps distances well enough to choose by
 _SCORES = {"cpu": 1 << 18, "cuda": 1 << 27}  # row-to-centroid scores held at once: 1 MB stays in the cache of a CPU core
 _PARALLEL_ROWS = 8192  # `nearest` gives every thread blocks of this many rows
 
@@ -139,7 +139,9 @@ def _assign(rows: Rows, result: KMeans) -> tuple[Tensor, Tensor, Tensor]:
     counts = ExactSum((num_codes,), rows.num_rows, rows.device)
     inertia = ExactSum((), rows.num_rows * rows.dim * (2 * rows.largest) ** 2, rows.device)
 
-    def assign_block(start: int) -> Tensor:
+    distance_F = torch.empty(rows.hi - rows.lo, device=rows.device)  # results kept one by one would break the heap into pieces
+
+    def assign_block(start: int) -> None:
         block_nD = rows.block(start)
         codes_n, distance_n = _nearest(block_nD, result.centroids_VD)
         if block_nD.is_cuda:
@@ -148,11 +150,12 @@ def _assign(rows: Rows, result: KMeans) -> tuple[Tensor, Tensor, Tensor]:
             sums.add(torch.zeros(num_codes, rows.dim).index_add_(0, codes_n, block_nD))
         counts.add(torch.bincount(codes_n, minlength=num_codes))
         inertia.add(distance_n.sum(dtype=torch.float64))
-        return distance_n
+        distance_F[start - rows.lo:start - rows.lo + len(distance_n)] = distance_n
 
-    distances = list(map_blocks(assign_block, rows.starts, rows.device))
+    for _ in map_blocks(assign_block, rows.starts, rows.device):
+        pass
     result.inertia.append(float(inertia.total()))
-    return sums.total(), counts.total(), torch.cat(distances) if distances else torch.zeros(0, device=rows.device)
+    return sums.total(), counts.total(), distance_F
 
 
 def _worst_served(rows: Rows, distance_n: Tensor, count: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gpr_dist.errors import TokenizerError
-from gpr_dist.tokenizer.collective import exact_sum, share, together
+from gpr_dist.tokenizer.collective import exact_sum, map_blocks, rank, share, together
 from gpr_dist.tokenizer.config import TokenizerConfig
 
 # N items  F fit rows: the sample, in catalogue order  B blocks of this process  n rows of a block  D embedding dim
@@ -151,22 +151,30 @@ class Points:
 
     def _normalisation(self) -> tuple[Tensor, Tensor]:
         """One pass: mean and scale, order-independent; fills what is held, not normalised yet."""
-        sums_BD, squares_B = [], []
+        starts = range(self._lo, self._hi, BLOCK_ROWS)
+        # made at once, as results kept one by one would break the heap into pieces
+        sums_BD = torch.zeros(len(starts), self.dim, dtype=torch.float64, device=self.device)
+        squares_B = torch.zeros(len(starts), dtype=torch.float64, device=self.device)
         with together():
             # any row near the data keeps the sums of squares from cancelling when they are far from the origin
             shift_D = self._read(slice(0, 1))[0].double()
-            with tqdm(total=self._hi - self._lo, desc="read embeddings", unit="item", unit_scale=True, mininterval=0.5) as bar:
-                for lo in range(self._lo, self._hi, BLOCK_ROWS):
-                    rows_nD = self._read(slice(lo, min(lo + BLOCK_ROWS, self._hi)))
-                    if self.held:
-                        self._held_FD[lo - self._lo:lo - self._lo + len(rows_nD)] = rows_nD
-                    shifted_nD = rows_nD - shift_D
-                    sums_BD.append(shifted_nD.sum(0))
-                    squares_B.append(shifted_nD.square_().sum())
-                    bar.update(len(rows_nD))
-        empty = torch.zeros(0, self.dim, dtype=torch.float64, device=self.device)
-        summed_D = exact_sum(torch.stack(sums_BD) if sums_BD else empty) / self.num_rows
-        squares = exact_sum(torch.stack(squares_B) if squares_B else empty[:, 0]) / self.num_rows
+
+            def sum_block(start: int) -> int:
+                rows_nD = self._read(slice(start, min(start + BLOCK_ROWS, self._hi)))
+                if self.held:
+                    self._held_FD[start - self._lo:start - self._lo + len(rows_nD)] = rows_nD
+                shifted_nD = rows_nD - shift_D
+                block = (start - self._lo) // BLOCK_ROWS
+                sums_BD[block] = shifted_nD.sum(0)
+                squares_B[block] = shifted_nD.square_().sum()
+                return len(rows_nD)
+
+            with tqdm(total=self._hi - self._lo, desc="read embeddings", unit="item", unit_scale=True, mininterval=0.5,
+                      disable=rank() != 0) as bar:
+                for done in map_blocks(sum_block, starts, self.device):
+                    bar.update(done)
+        summed_D = exact_sum(sums_BD) / self.num_rows
+        squares = exact_sum(squares_B) / self.num_rows
         variance = float((squares - summed_D.square().sum()) / self.dim)
         mean_D = (shift_D + summed_D).float()
         # what rounding leaves of a constant must not be blown up to variance 1

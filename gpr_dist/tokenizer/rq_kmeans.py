@@ -89,24 +89,24 @@ class Residuals:
         """One level further: every row minus its nearest code."""
         codes_F = torch.empty(self.hi - self.lo, dtype=torch.int32, device=self.device) if self._held_FD is None else None
 
-        def subtract_block(start: int) -> Tensor:
+        def subtract_block(start: int) -> float:
             block_nD = self.block(start)
             codes_n, _ = nearest(block_nD, codebook_VD)
             if codes_F is not None:
                 codes_F[start - self.lo:start - self.lo + len(codes_n)] = codes_n
-                return (block_nD - codebook_VD[codes_n]).abs().amax()
-            return block_nD.sub_(codebook_VD[codes_n]).abs().amax()
+                return _largest(block_nD - codebook_VD[codes_n])
+            return _largest(block_nD.sub_(codebook_VD[codes_n]))
 
         self.largest = self._pass(subtract_block)
         self._codebooks.append(codebook_VD)
         self._codes.append(codes_F)
 
-    def _first(self, start: int) -> Tensor:
+    def _first(self, start: int) -> float:
         rows = slice(start - self.lo, min(start + self.starts.step, self.hi) - self.lo)
         block_nD = self._make(rows)
         if self._held_FD is not None:
             self._held_FD[rows] = block_nD
-        return block_nD.abs().amax()
+        return _largest(block_nD)
 
     def _make(self, own: slice | Tensor) -> Tensor:
         """Own rows, from the source; the same operations in the same order as when they are held."""
@@ -116,10 +116,13 @@ class Residuals:
             made_nD = made_nD - codebook_VD[codes_F[own].long()]
         return made_nD
 
-    def _pass(self, largest_of_block: Callable[[int], Tensor]) -> float:
-        parts = list(map_blocks(largest_of_block, self.starts, self.device))
-        mine = torch.stack(parts).amax() if parts else torch.zeros((), device=self.device)
-        return float(global_max(mine))
+    def _pass(self, largest_of_block: Callable[[int], float]) -> float:
+        mine = max(map_blocks(largest_of_block, self.starts, self.device), default=0.0)
+        return float(global_max(torch.tensor(mine, device=self.device)))
+
+
+def _largest(values: Tensor) -> float:
+    return max(float(values.amax()), -float(values.amin()))
 
 
 def _pad(centroids_VD: Tensor, codebook_size: int, largest: float, generator: torch.Generator) -> Tensor:
