@@ -132,7 +132,10 @@ def iter_texts(given: GivenTextsConfig, columns: list[str]) -> Iterator[pa.Recor
     try:
         match path.suffix:
             case ".parquet":
-                yield from pq.ParquetFile(path).iter_batches(_CHUNK_ROWS, columns=columns)
+                file = pq.ParquetFile(path)
+                if missing := [name for name in columns if name not in file.schema_arrow.names]:  # pyarrow would leave them out
+                    raise KeyError(f"no column {', '.join(missing)}")
+                yield from file.iter_batches(_CHUNK_ROWS, columns=columns)
             case ".csv":
                 types = {name: pa.string() for name in (given.user_column, *given.columns)}
                 options = pcsv.ConvertOptions(include_columns=columns, column_types=types, strings_can_be_null=True)

@@ -41,7 +41,7 @@ class TemplateConfig(Config):
 
     aspects: tuple[Aspect, ...] = ("habits", "interests", "promotions")
     """profile: words of the user's features; habits: how much and when; interests: organic items; promotions: ads clicked and converted"""
-    every_days: float = Field(30, gt=0)
+    every_days: float = Field(30, ge=0.01)
     """length of a period; a text is as old as that at most when a user stays active. More texts, and more disk, the shorter it is"""
     top: int = Field(8, ge=1)
     """groups of items named in a list"""
@@ -167,11 +167,10 @@ class _Chunk:
         """Sums up to the end of each period; blocks are requests."""
         time = pl.col("time")
         weekday, part = (time // _DAY + 3) % 7, time % _DAY // 21_600
-        block = pl.col("block").n_unique()
         sums = self.events.group_by("user", "period").agg(
-            pl.len().alias("items"), block.alias("requests"), pl.col("value").fill_nan(0).sum(),
-            *(pl.col("block").filter(weekday == i).n_unique().alias(name) for i, name in enumerate(_WEEKDAYS)),
-            *(pl.col("block").filter(part == i).n_unique().alias(name) for i, name in enumerate(_PARTS)),
+            pl.len().alias("items"), pl.col("block").n_unique().alias("requests"), pl.col("value").fill_nan(0).sum(),
+            *((weekday == i).sum().alias(name) for i, name in enumerate(_WEEKDAYS)),
+            *((part == i).sum().alias(name) for i, name in enumerate(_PARTS)),
             time.min().alias("first"), time.max().alias("last")).sort("user", "period")
         sums = sums.with_columns(pl.col("items", "requests", "value", *_WEEKDAYS, *_PARTS).cum_sum().over("user"),
                                  pl.col("first").cum_min().over("user"))
