@@ -23,6 +23,7 @@ from gpr_dist.tokenizer.collective import ExactSum, broadcast, gather_rows, map_
 SEED_ROWS = 64
 """rows per code that k-means++ chooses from; more make a better start that costs more than the iterations it saves"""
 _SEED_DIM = 128  # k-means++ sees a random projection to this many dimensions, which keeps distances well enough to choose by
+_THREADED_STEP = 1 << 25  # products of one k-means++ step from which threads gain more than they lose by waiting for each other
 _SCORES = {"cpu": 1 << 18, "cuda": 1 << 27}  # row-to-centroid scores held at once: 1 MB stays in the cache of a CPU core
 _PARALLEL_ROWS = 8192  # `nearest` gives every thread blocks of this many rows
 
@@ -182,7 +183,13 @@ def _seed(rows: Rows, num_codes: int, generator: torch.Generator) -> Tensor:
         sample_SD = _first_distinct(rows, num_codes)
     if len(sample_SD) <= num_codes:
         return sample_SD
-    return broadcast(sample_SD[_plus_plus(sample_SD, num_codes, generator)])
+    threads = torch.get_num_threads()
+    step = len(sample_SD) * min(rows.dim, _SEED_DIM) * _num_candidates(num_codes)
+    torch.set_num_threads(threads if step > _THREADED_STEP else 1)
+    try:
+        return broadcast(sample_SD[_plus_plus(sample_SD, num_codes, generator)])
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _first_distinct(rows: Rows, count: int) -> Tensor:
@@ -200,13 +207,16 @@ def _first_distinct(rows: Rows, count: int) -> Tensor:
 def _distinct(points_SD: Tensor) -> Tensor:
     """Indices of the first of every group of equal rows, ascending."""
     bits_SD = (points_SD + 0.0).cpu().numpy().view(np.uint32)  # -0.0 and 0.0 are one point
+    chunks = [slice(lo, lo + _PARALLEL_ROWS) for lo in range(0, len(bits_SD), _PARALLEL_ROWS)]
     for seed in range(8):
         mix_D = np.random.default_rng(seed).integers(1 << 63, size=bits_SD.shape[1], dtype=np.uint64) * 2 + 1
-        hash_SD = bits_SD * mix_D
-        hash_SD ^= hash_SD >> np.uint64(32)
-        hash_S = (hash_SD * mix_D[::-1]).sum(1)
+        hash_S = np.empty(len(bits_SD), np.uint64)
+        for rows in chunks:
+            hash_nD = bits_SD[rows] * mix_D
+            hash_nD ^= hash_nD >> np.uint64(32)
+            hash_S[rows] = (hash_nD * mix_D[::-1]).sum(1)
         _, first, inverse = np.unique(hash_S, return_index=True, return_inverse=True)
-        if np.array_equal(bits_SD[first][inverse], bits_SD):  # no two rows share a hash by accident
+        if all(np.array_equal(bits_SD[first[inverse[rows]]], bits_SD[rows]) for rows in chunks):  # no hash is shared by accident
             return torch.from_numpy(np.sort(first)).to(points_SD.device)
     raise AssertionError("eight hash functions in a row had collisions")
 
@@ -232,8 +242,12 @@ def _plus_plus(sample_SD: Tensor, num_codes: int, generator: torch.Generator) ->
         cost_S = cost_CS[best] * free_S
         if code + 1 < num_codes:
             # rounding may hide what still tells the rows apart; any free one will do then
-            candidates_C = _draw(cost_S if float(cost_S.amax()) > 0 else free_S, 2 + int(math.log(num_codes)), generator)
+            candidates_C = _draw(cost_S if float(cost_S.amax()) > 0 else free_S, _num_candidates(num_codes), generator)
     return chosen_V
+
+
+def _num_candidates(num_codes: int) -> int:
+    return 2 + int(math.log(num_codes))
 
 
 def _draw(weights_S: Tensor, count: int, generator: torch.Generator) -> Tensor:
