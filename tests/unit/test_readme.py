@@ -17,7 +17,7 @@ from gpr_dist.job import PretrainConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "PAPER.md")}
-FLAGS = {"--append": "a switch of launch/fit_tokenizer.py"}
+FLAGS = {"fit_tokenizer.py": {"--append": "a switch"}, "report.py tokenizer": {"--strict": "a switch"}, "report.py drift": {"--strict": "a switch"}}
 
 
 JOBS: dict[str, tuple[type[Config], str | None]] = {  # script -> its config and the file it reads without --config
@@ -27,6 +27,12 @@ JOBS: dict[str, tuple[type[Config], str | None]] = {  # script -> its config and
     "evaluate.py": (launch_module("evaluate").EvaluateConfig, None),
     "plan.py": (launch_module("plan").PlanConfig, "configs/pretrain.yaml"),
     "bench.py loader": (launch_module("bench_loader").LoaderBenchConfig, None),
+    "bench.py tokenizer": (launch_module("bench_tokenizer").TokenizerBenchConfig, None),
+    "bench.py table1": (launch_module("bench_table1").Table1Config, None),
+    "report.py tokenizer": (launch_module("report").TokenizerReportConfig, "configs/tokenizer/complete_journey.yaml"),
+    "report.py drift": (launch_module("report").DriftReportConfig, None),
+    "migrate.py": (launch_module("migrate").MigrateConfig, None),
+    "compare.py": (launch_module("compare").CompareConfig, "configs/compare/ablation.yaml"),
 }
 
 
@@ -44,7 +50,7 @@ def launches() -> list[tuple[str, list[str]]]:
         at = next((n for n, word in enumerate(words) if word.startswith("launch/")), None)
         if at is not None:
             script, arguments = words[at].removeprefix("launch/"), words[at + 1 :]
-            found.append((f"{script} {arguments.pop(0)}" if script == "bench.py" else script, arguments))
+            found.append((f"{script} {arguments.pop(0)}" if script in ("bench.py", "report.py") else script, arguments))
     return found
 
 
@@ -62,7 +68,7 @@ def test_every_command_is_accepted(script, arguments):
     config_class, default = JOBS[script]
     files = [copies().get(argument, argument) for argument in arguments]
     arguments = [str(ROOT / new) if new != old or old.startswith("configs/") else old for new, old in zip(files, arguments, strict=True)]
-    config, _ = parse_cli(config_class, "", default and ROOT / default, arguments, FLAGS if script == "fit_tokenizer.py" else None)
+    config, _ = parse_cli(config_class, "", default and ROOT / default, arguments, FLAGS.get(script))
     assert isinstance(config, config_class)
 
 
