@@ -2,7 +2,8 @@
 
 Owns the kernels, their launch and their gradients; what the numbers mean is `attention.reference`'s to say. Nothing of size queries ×
 keys is ever stored: a block of queries walks the keys from its smallest first to its largest last, and the backward pass computes the
-scores again (softmax from the saved log-sum-exp). Keys find their queries by two sorted envelopes of the spans, so the host never
+scores again (softmax from the saved log-sum-exp): once for dq and once for dk and dv, seven products of tiles where a single kernel with
+atomic additions into dq would need five. Keys find their queries by two sorted envelopes of the spans, so the host never
 waits for the device. Sums are float32; weights are rounded to the values' precision before they meet the values, as in any flash kernel.
 With `TRITON_INTERPRET=1` before the first import of triton the same kernels run on a CPU, slowly, for tests.
 """
@@ -21,7 +22,6 @@ from gpr_dist.ops.attention import AHEAD, RelativeBias, Score, Spans
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _FEW_BUCKETS = tl.constexpr(8)
 """buckets of a tile that are summed one after another; with more, atomic additions are quicker but round in any order"""
-_SHARED_BYTES = 160 * 1024
 _SMALLEST_M = 16 if _INTERPRETED else 32
 
 
@@ -32,6 +32,7 @@ def span_attention(q_QHK: Tensor, k_THK: Tensor, v_THK: Tensor, spans: Spans, sc
     Spans may be in any order; they are quick when their ends rise along a row, because a block of queries reads all keys between its
     outermost ones. `torch.use_deterministic_algorithms(True)` makes repeated runs equal to the bit: fixed tiles and no atomic additions
     of several threads to one number, needed only for the gradients of the bias.
+    Rows are apart but for what is not finite: a NaN among the values reaches queries of other rows in its tile, as 0 · NaN.
     Assumes: timestamps of one batch within 68 years of each other (farther ones share a bucket), fewer than 2³¹ keys and queries.
     """
     bounds = _bounds(spans, len(k_THK))
@@ -134,10 +135,18 @@ def _dot_precision() -> str:
 def _that_fit(configs: list[triton.Config], arguments: dict, **settings: object) -> list[triton.Config]:
     """Those whose tiles fit into shared memory; the first of them if every run shall be the same."""
     settings = arguments | settings
-    width_bytes = settings["PADDED"] * settings["q"].element_size()
-    fit = [c for c in configs if 2 * (c.kwargs["M"] + c.num_stages * c.kwargs["N"]) * width_bytes <= _SHARED_BYTES]
-    fit = fit or configs[-1:]
+    available = torch.cuda.get_device_properties(settings["q"].device).shared_memory_per_block_optin
+    fit = [config for config in configs if _shared_bytes(config, settings) <= available] or configs[-1:]
     return fit[:1] if settings["DETERMINISTIC"] else fit
+
+
+def _shared_bytes(config: triton.Config, settings: dict) -> int:
+    """What a block needs, at most: two tensors' tiles that stay, two in flight per stage, and the bias's change of layouts."""
+    stays, passes = config.kwargs["M"], config.kwargs["N"]
+    if "low_k" in settings:  # the keys' kernel
+        stays, passes = passes, stays
+    tiles = 2 * (stays + config.num_stages * passes) * settings["PADDED"] * settings["q"].element_size()
+    return tiles + (12 * stays * passes if settings["POSITIONS"] else 0) + 4096
 
 
 def _tuned(*tiles: tuple[int, int, int, int], written: tuple[str, ...] = ()) -> object:
@@ -193,7 +202,7 @@ def _add_by_bucket(row, bucket, x, seen, DETERMINISTIC: tl.constexpr):
         tl.atomic_add(row + bucket, x, mask=seen, sem="relaxed")
 
 
-@_tuned((128, 64, 4, 3), (64, 64, 4, 3), (128, 128, 8, 2), (64, 32, 4, 2), (32, 32, 4, 1))
+@_tuned((64, 64, 4, 3), (128, 64, 8, 3), (128, 64, 4, 3), (64, 32, 4, 2), (32, 32, 4, 1))
 @triton.jit(do_not_specialize=["num_queries"])
 def _forward_kernel(q, k, v, out, lse, first_q, last_q, table, place, seconds, num_queries, q_token, q_head, k_token, k_head, v_token,
                     v_head, num_heads, scale, silu_scale, WIDTH: tl.constexpr, PADDED: tl.constexpr, SILU: tl.constexpr,
@@ -257,7 +266,7 @@ def _weights_and_slope(scores, seen, lse, silu_scale, SILU: tl.constexpr):
     return weights, slope
 
 
-@_tuned((64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 1), written=("dtable",))
+@_tuned((64, 64, 4, 2), (64, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 1), written=("dtable",))
 @triton.jit(do_not_specialize=["num_queries"])
 def _backward_query_kernel(q, k, v, out, dout, lse, delta, dq, first_q, last_q, table, dtable, place, seconds, num_queries, q_token, q_head,
                            k_token, k_head, v_token, v_head, dout_token, dout_head, num_heads, scale, silu_scale, WIDTH: tl.constexpr,
@@ -306,7 +315,7 @@ def _backward_query_kernel(q, k, v, out, dout, lse, delta, dq, first_q, last_q, 
     _store(dq, query, real, num_heads, dq_MK * scale, WIDTH, PADDED)
 
 
-@_tuned((64, 64, 4, 2), (64, 128, 8, 2), (32, 64, 4, 2), (32, 32, 4, 1))
+@_tuned((64, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 2), (32, 64, 8, 2), (32, 32, 4, 1))
 @triton.jit(do_not_specialize=["num_queries", "num_keys"])
 def _backward_key_kernel(q, k, v, dout, lse, delta, dk, dv, first_q, last_q, low_k, end_k, table, place, seconds, num_queries, num_keys,
                          q_token, q_head, k_token, k_head, v_token, v_head, dout_token, dout_head, num_heads, scale, silu_scale,
