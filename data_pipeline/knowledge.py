@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from data_pipeline.embeddings import SENTENCE_ENCODER, TextConfig, TextSVD, clean_texts, fit_texts, sentence_encoder, unit_rows
 from data_pipeline.hashing import hash_strings
+from data_pipeline.journeys import SPLITS
 from data_pipeline.shards import iter_record_batches
-from data_pipeline.user_texts import TemplateConfig, first_ad_times, write_texts
+from data_pipeline.user_texts import TemplateConfig, describe_template, first_ad_times, write_texts
 from gpr_dist.config import Config
 from gpr_dist.errors import DataError
 from gpr_dist.schema import KnowledgeManifest, KnowledgeRows, ShardManifest, write_atomic
@@ -100,7 +101,7 @@ def build_knowledge(config: BuildKnowledgeConfig) -> KnowledgeManifest:
     Memory: 16 bytes per text, a chunk of users, and the sample the encoder is fitted on.
     Raises: DataError for missing or damaged input, and more journeys without a text than allowed.
     """
-    out = config.out
+    out, manifests = config.out, _manifests(config.data)
     out.mkdir(parents=True, exist_ok=True)
     given = config.given
     if config.template:
@@ -110,9 +111,8 @@ def build_knowledge(config: BuildKnowledgeConfig) -> KnowledgeManifest:
     if not index.num_texts:
         raise DataError(f"{given.path} has no row: nothing is known of any user")
     rows = {}
-    for split in ("train", "validation", "test"):
-        if (config.data / "shards" / split / "manifest.json").exists():
-            rows |= _find_rows(config.data / "shards" / split, index, config, given)
+    for folder, split in manifests.items():
+        rows |= _find_rows(folder, split, index, config, given)
     encode, encoder, width = _open_encoder(config, given, index.num_texts)
     vectors, blocks, blocks_checksum = _write_vectors(out, given, encode, (index.num_texts, len(given.columns), width), config)
     manifest = KnowledgeManifest(num_texts=index.num_texts, num_vectors=len(given.columns), width=width, columns=given.columns,
@@ -124,6 +124,27 @@ def build_knowledge(config: BuildKnowledgeConfig) -> KnowledgeManifest:
         if path.name not in used:
             path.unlink()
     return manifest
+
+
+def describe_knowledge(config: BuildKnowledgeConfig) -> list[str]:
+    """What would be read, having opened it, for --dry-run. Raises: as `build_knowledge`, without writing anything."""
+    manifests = _manifests(config.data)
+    lines = [f"{manifest.split}: {manifest.num_rows:,} journeys" for manifest in manifests.values()]
+    if config.template:
+        return [*lines, *describe_template(config.data, config.template)]
+    given = config.given
+    wanted = [given.user_column, *([given.as_of_column] if given.as_of_column else []), *given.columns]
+    first = next(iter_texts(given, wanted), None)
+    return [*lines, f"{given.path}: " + ("no row" if first is None else ", ".join(f"{field.name} {field.type}" for field in first.schema))]
+
+
+def _manifests(data: Path) -> dict[Path, ShardManifest]:
+    """Of every split there is. Raises: DataError without a training split."""
+    folders = [data / "shards" / split for split in SPLITS]
+    if not (folders[0] / "manifest.json").exists():
+        raise DataError(f"no shards in {folders[0]}; build them with launch/build_data.py, or correct data")
+    return {folder: ShardManifest.parse((folder / "manifest.json").read_bytes(), f"{folder}/manifest.json") for folder in folders
+            if (folder / "manifest.json").exists()}
 
 
 def iter_texts(given: GivenTextsConfig, columns: list[str]) -> Iterator[pa.RecordBatch]:
@@ -214,9 +235,9 @@ def _seconds(column: pa.Array, given: GivenTextsConfig) -> np.ndarray:
         raise DataError(f"texts {given.path}: {given.as_of_column} should be timestamps or whole seconds since 1970 ({error})") from None
 
 
-def _find_rows(shards: Path, index: _Index, config: BuildKnowledgeConfig, given: GivenTextsConfig) -> dict[str, KnowledgeRows]:
+def _find_rows(shards: Path, manifest: ShardManifest, index: _Index, config: BuildKnowledgeConfig,
+               given: GivenTextsConfig) -> dict[str, KnowledgeRows]:
     """Write the split's row → text array. Raises: DataError when too many rows have none."""
-    manifest = ShardManifest.parse((shards / "manifest.json").read_bytes(), str(shards / "manifest.json"))
     found = [np.zeros(0, np.int64)]
     for batch in tqdm(iter_record_batches(shards), total=manifest.num_batches, desc=f"find texts of {manifest.split}", unit="batch",
                       mininterval=0.5):

@@ -5,6 +5,7 @@ given one older than everything it is asked to predict; validation and test are 
 own (knowledge.py). Read and written user by user: memory is bounded by a chunk of users.
 """
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -80,6 +81,16 @@ def write_texts(data: Path, config: TemplateConfig, out: Path) -> None:
             writer.write_table(texts.to_arrow().cast(schema), max_chunksize=65_536)
             bar.update(journeys.num_rows)
     temporary.replace(out)
+
+
+def describe_template(data: Path, config: TemplateConfig) -> list[str]:
+    """What would be written, for --dry-run. Raises: as `write_texts`."""
+    manifest_path = data / "shards" / "train" / "manifest.json"
+    manifest = ShardManifest.parse(_read(manifest_path), str(manifest_path))
+    days = (manifest.last_timestamp - manifest.first_timestamp) / _DAY
+    names = _feature_names(config.build, manifest) if config.build else {}
+    words = [f"{name}: {len(table)} words" for name, table in names.items()]
+    return [f"texts {', '.join(config.aspects)} at the end of each of {math.ceil(days / config.every_days)} periods", *words]
 
 
 def own_tokens(journeys: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:

@@ -8,17 +8,19 @@
 import time
 from pathlib import Path
 
-from data_pipeline.knowledge import TEXTS, BuildKnowledgeConfig, build_knowledge, show_texts
+from data_pipeline.knowledge import TEXTS, BuildKnowledgeConfig, build_knowledge, describe_knowledge, show_texts
 from gpr_dist.config import parse_cli, to_yaml
 from gpr_dist.errors import run_cli
 
-DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs/knowledge/complete_journey.yaml"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
-    config, args = parse_cli(BuildKnowledgeConfig, __doc__, DEFAULT_CONFIG)
+    config, args = parse_cli(BuildKnowledgeConfig, __doc__, ROOT / "configs/knowledge/complete_journey.yaml")
+    config = with_build_from_root(config)
     if args.dry_run:
         print(to_yaml(config))
+        print("\n".join(describe_knowledge(config)))
         return
     started = time.perf_counter()
     manifest = build_knowledge(config)
@@ -29,6 +31,14 @@ def main() -> None:
           f"{manifest.width} ({', '.join(manifest.columns)}) in {seconds:.1f} s")
     for rows in manifest.splits.values():
         print(f"{rows.split:<12}{rows.num_rows:>14,} journeys, {rows.num_missing:,} without a text (\"absent\")")
+
+
+def with_build_from_root(config: BuildKnowledgeConfig) -> BuildKnowledgeConfig:
+    """The configs that come with the repository are found from any folder."""
+    template = config.template
+    if template is None or template.build is None or template.build.exists():
+        return config
+    return config.model_copy(update={"template": template.model_copy(update={"build": ROOT / template.build})})
 
 
 if __name__ == "__main__":

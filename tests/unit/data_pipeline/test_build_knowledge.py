@@ -11,7 +11,7 @@ import pytest
 from journeys_fixture import random_journeys, write_split
 
 from data_pipeline import knowledge
-from data_pipeline.knowledge import BuildKnowledgeConfig, GivenTextsConfig, build_knowledge
+from data_pipeline.knowledge import BuildKnowledgeConfig, GivenTextsConfig, build_knowledge, describe_knowledge
 from data_pipeline.user_texts import first_ad_times
 from gpr_dist.config import build_config
 from gpr_dist.data.knowledge import KnowledgeVectors
@@ -156,6 +156,18 @@ def test_unusable_texts_are_one_line(data, table, settings, message):
     with pytest.raises(DataError, match=message):
         build(data, pa.table(table), **settings)
     assert not (data.parent / "knowledge" / "knowledge.json").exists()
+
+
+def test_a_dry_run_opens_everything_and_writes_nothing(data):
+    pq.write_table(pa.table({"user_id": USERS, "text": sentences(40)}), data.parent / "users.parquet")
+    values = {"data": data, "out": data.parent / "knowledge", "given": {"path": data.parent / "users.parquet"}}
+    lines = describe_knowledge(build_config(BuildKnowledgeConfig, values, "test"))
+    assert lines[:2] == ["train: 40 journeys"] * 2 and lines[2].endswith("users.parquet: user_id string, text string")
+    template = describe_knowledge(build_config(BuildKnowledgeConfig, {"data": data, "out": "o", "template": {}}, "test"))
+    assert template[2].startswith("texts habits, interests, promotions at the end of each of ")
+    assert not (data.parent / "knowledge").exists()
+    with pytest.raises(DataError, match=r"no shards in .*nowhere/shards/train; build them"):
+        describe_knowledge(build_config(BuildKnowledgeConfig, values | {"data": data.parent / "nowhere"}, "test"))
 
 
 def test_settings_that_contradict_each_other():

@@ -8,7 +8,7 @@ import pytest
 from documents import ROOT
 
 
-@pytest.mark.parametrize("script", ["build_data.py", "fit_tokenizer.py"])
+@pytest.mark.parametrize("script", ["build_data.py", "fit_tokenizer.py", "build_knowledge.py"])
 def test_the_default_config_does_not_depend_on_the_current_folder(script, tmp_path):
     """It is read; what it says about data is still relative to where the user stands."""
     done = subprocess.run([sys.executable, ROOT / "launch" / script, "--dry-run", "no_such_setting=1"], cwd=tmp_path, text=True,
