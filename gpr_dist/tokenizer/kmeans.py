@@ -20,8 +20,8 @@ from gpr_dist.tokenizer.collective import ExactSum, broadcast, gather_rows, map_
 # F rows over all processes  n rows of a block  S rows of the sample  D their dim  P dim of the projection  V clusters  C candidates of
 # one k-means++ step
 
-SEED_ROWS = 64
-"""rows per code that k-means++ chooses from; more make a better start that costs more than the iterations it saves"""
+SEED_ROWS = 128
+"""rows per code that k-means++ chooses from; more iterations do not make up for fewer"""
 _SEED_DIM = 128  # k-means++ sees a random projection to this many dimensions, which keeps distances well enough to choose by
 _THREADED_STEP = 1 << 25  # products of one k-means++ step from which threads gain more than they lose by waiting for each other
 _SCORES = {"cpu": 1 << 18, "cuda": 1 << 27}  # row-to-centroid scores held at once: 1 MB stays in the cache of a CPU core

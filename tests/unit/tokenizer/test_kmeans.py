@@ -115,7 +115,7 @@ def test_repeated_rows_are_found():
 
 def test_distinct_rows_are_found_beyond_the_sample(monkeypatch):
     monkeypatch.setattr(points_module, "BLOCK_ROWS", 512)
-    points = np.repeat(clustered(12), [5000, *[1] * 11], axis=0)  # a sample of 64 · 8 rows has the first one nearly alone
+    points = np.repeat(clustered(12), [9000, *[1] * 11], axis=0)  # a sample of 128 · 8 rows has the first one nearly alone
     result = fit_kmeans(points, 8)
     assert len(result.centroids_VD.unique(dim=0)) == 8
     assert len(kmeans_module._seed(rows_of(points), 13, torch.Generator())) == 12
