@@ -98,7 +98,7 @@ class BuildKnowledgeConfig(Config):
 def build_knowledge(config: BuildKnowledgeConfig) -> KnowledgeManifest:
     """Texts → vectors → rows of every split there is, in `config.out`.
 
-    Memory: 16 bytes per text, a chunk of users, and the sample the encoder is fitted on.
+    Memory: about 100 bytes per text while they are sorted by user, a chunk of users, and the sample the encoder is fitted on.
     Raises: DataError for missing or damaged input, and more journeys without a text than allowed.
     """
     out, manifests = config.out, _manifests(config.data)
