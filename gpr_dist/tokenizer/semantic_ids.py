@@ -126,8 +126,8 @@ class SemanticIds:
         """Refuse a model trained with other codebooks. Args: where: what brings it, e.g. the checkpoint's path. Raises: TokenizerError."""
         if codebook_fingerprint != self.codebook_fingerprint:
             raise TokenizerError(f"{where} was trained with codebooks {codebook_fingerprint}, {self._name} has codebooks "
-                                 f"{self.codebook_fingerprint}; use the model's own tokenizer bundle, take the checkpoint over to this one with "
-                                 "launch/migrate.py, or train a new model")
+                                 f"{self.codebook_fingerprint}; use the model's own tokenizer bundle, take the checkpoint over to this one "
+                                 "with launch/migrate.py, or train a new model")
 
     def save(self, folder: str | Path) -> "SemanticIds":
         """Write the bundle; a bundle already there is replaced at the moment `tokenizer.json` is, and its files removed after.
