@@ -2,7 +2,7 @@
 
 Rows are packed end to end without padding. What a query may read is one span of keys of its own row, because a request's prompt
 (U, O, E) is contiguous: the hybrid mask, the intents of a request and a window of them are all spans. Four implementations give the
-same numbers: `reference` (explicit, float32, for tests), `torch` (row by row through PyTorch, the one for CPUs), `flex`
+same numbers: `reference` (explicit, float32, for tests), `torch` (piece by piece through PyTorch, the one for CPUs), `flex`
 (FlexAttention with block masks made from the spans, softmax only) and `triton` (one fused kernel for both scores). Projections,
 gating, positions and parameters belong to the model.
 """
@@ -10,8 +10,10 @@ gating, positions and parameters belong to the model.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Literal
+from itertools import pairwise
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,6 +27,18 @@ Implementation = Literal["auto", "reference", "torch", "flex", "triton"]
 AHEAD = 16
 """positions by which a prompt token may look ahead and keep buckets of their own in the relative bias"""
 _FLEX_BLOCK = 128
+_PIECE_QUERIES = 256
+"""most queries of a piece: fewer leave out more of the keys that none of them reads, and cost more calls"""
+_MASKED = {"softmax": float("-inf"), "silu": -1e9}  # scores whose weight and gradient are 0; SiLU of -inf is not a number
+
+
+class Piece(NamedTuple):
+    """Successive queries of one row, and the keys of the row from the first to the last that any of them reads."""
+
+    row: int
+    num_queries: int
+    first_key: int  # packed
+    end_key: int
 
 
 @dataclass
@@ -38,11 +52,40 @@ class Spans:
     made: dict = field(default_factory=dict)
     """masks, made once for all layers"""
 
-    def masks(self) -> list[Tensor]:
-        """Per row, bool [q, t]."""
-        if "masks" not in self.made:
-            self.made["masks"] = [self._mask(row) for row in range(len(self.query_offsets) - 1)]
-        return self.made["masks"]
+    def pieces(self) -> list[Piece]:
+        """All queries in order, in about equal pieces of a row each."""
+        if "pieces" not in self.made:
+            rows = [(row, begin, end) for row, (begin, end) in enumerate(pairwise(self.query_offsets)) if end > begin]
+            cuts = [(row, begin + (end - begin) * part // parts) for row, begin, end in rows
+                    for parts in [-(-(end - begin) // _PIECE_QUERIES)] for part in range(parts)]
+            starts = [start for _, start in cuts]
+            first_Q, last_Q = self.first_Q.cpu().numpy(), self.last_Q.cpu().numpy()
+            first_Q = np.where(first_Q > last_Q, np.iinfo(np.int64).max, first_Q)
+            low, high = np.minimum.reduceat(first_Q, starts).tolist(), (np.maximum.reduceat(last_Q, starts) + 1).tolist()
+            counts = np.diff(starts, append=len(first_Q)).tolist()
+            self.made["pieces"] = [Piece(row, count, min(lo, hi), hi)
+                                   for (row, _), count, lo, hi in zip(cuts, counts, low, high, strict=True)]
+        return self.made["pieces"]
+
+    def allowed(self) -> "list[Tensor | None]":
+        """Per piece, bool [queries, keys]; None where every query reads every key."""
+        if "allowed" not in self.made:
+            counts = [piece.num_queries for piece in self.pieces()]
+            made = []
+            for piece, first_q, last_q in zip(self.pieces(), self.first_Q.split(counts), self.last_Q.split(counts), strict=True):
+                key_t = torch.arange(piece.first_key, piece.end_key, device=first_q.device)
+                allowed_qt = (key_t >= first_q[:, None]) & (key_t <= last_q[:, None])
+                made.append(None if allowed_qt.all() else allowed_qt)
+            self.made["allowed"] = made
+        return self.made["allowed"]
+
+    def additive(self, score: Score, dtype: torch.dtype) -> "list[Tensor | None]":
+        """The same as numbers to add to the scores [1, queries, keys]."""
+        if (score, dtype) not in self.made:
+            self.made[score, dtype] = [
+                None if allowed is None else torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
+                    ~allowed, _MASKED[score])[None] for allowed in self.allowed()]
+        return self.made[score, dtype]
 
     def select(self, index_t: Tensor) -> "Spans":
         """Of self-attention over some of the tokens only (increasing positions)."""
@@ -52,7 +95,8 @@ class Spans:
         offsets = kept_T1[torch.tensor(self.key_offsets, device=index_t.device)].tolist()
         return Spans(kept_T1[self.first_Q[index_t]], kept_T1[self.last_Q[index_t] + 1] - 1, offsets, offsets)
 
-    def _mask(self, row: int) -> Tensor:
+    def mask(self, row: int) -> Tensor:
+        """Of a whole row, bool [q, t]."""
         queries = slice(self.query_offsets[row], self.query_offsets[row + 1])
         key_t = torch.arange(self.key_offsets[row], self.key_offsets[row + 1], device=self.first_Q.device)
         return (key_t >= self.first_Q[queries, None]) & (key_t <= self.last_Q[queries, None])
@@ -69,19 +113,33 @@ class RelativeBias:
     made: dict
     """buckets, made once for all layers: give every layer the same dict"""
 
-    def buckets(self, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Position and time bucket of every pair of tokens of the row first..last-1: int64 [t, t] each."""
-        if (first, last) not in self.made:
-            position_t, seconds_t = self.position_T[first:last], self.seconds_T[first:last]
-            distance_tt = position_t[:, None] - position_t[None, :]
-            self.made[first, last] = (position_bucket(distance_tt, self.position_PH.shape[0]),
-                                      time_bucket(seconds_t[:, None] - seconds_t[None, :], self.time_GH.shape[0]))
-        return self.made[first, last]
-
     def of_row(self, first: int, last: int) -> Tensor:
-        """[H, t, t], differentiable in the tables."""
-        position_tt, time_tt = self.buckets(first, last)
-        return (F.embedding(position_tt, self.position_PH) + F.embedding(time_tt, self.time_GH)).permute(2, 0, 1)
+        """Of the tokens first..last-1 among themselves [H, t, t], differentiable in the tables."""
+        position_tt, time_tt = self._buckets(slice(first, last), slice(first, last))
+        return (self.position_PH[position_tt] + self.time_GH[time_tt]).permute(2, 0, 1)
+
+    def table(self, masked: float) -> Tensor:
+        """[H, P·G + 1]: every sum of the two, and what stands for a masked pair."""
+        sums_HC = (self.position_PH[:, None] + self.time_GH).flatten(0, 1).T
+        return F.pad(sums_HC, (0, 1), value=masked)
+
+    def indices(self, spans: Spans) -> list[Tensor]:
+        """Per piece, which column of the table each pair has, [queries · keys]: made once for all layers and heads."""
+        if "indices" not in self.made:
+            self.made["indices"], begin = [], 0
+            for piece, allowed_qt in zip(spans.pieces(), spans.allowed(), strict=True):
+                position_qt, time_qt = self._buckets(slice(begin, begin + piece.num_queries), slice(piece.first_key, piece.end_key))
+                index_qt = position_qt * len(self.time_GH) + time_qt
+                if allowed_qt is not None:
+                    index_qt.masked_fill_(~allowed_qt, len(self.position_PH) * len(self.time_GH))
+                self.made["indices"].append(index_qt.flatten())  # int64: adding into a table by int32 takes a CPU 16 times as long
+                begin += piece.num_queries
+        return self.made["indices"]
+
+    def _buckets(self, queries: slice, keys: slice) -> tuple[Tensor, Tensor]:
+        distance_qt = self.position_T[queries, None] - self.position_T[keys]
+        return (position_bucket(distance_qt, len(self.position_PH)),
+                time_bucket(self.seconds_T[queries, None] - self.seconds_T[keys], len(self.time_GH)))
 
 
 def position_bucket(distance: Tensor, num_buckets: int) -> Tensor:
@@ -150,16 +208,10 @@ def hybrid_attention(q_QHK: Tensor, k_THK: Tensor, v_THK: Tensor, spans: Spans, 
 
         return span_attention(q_QHK, k_THK, v_THK, spans, score, bias, silu_length)
     if bias is not None:  # once for all rows: their gradients add up in float32
-        bias = replace(bias, position_PH=bias.position_PH.float(), time_GH=bias.time_GH.float())
-    attend = _reference if implementation == "reference" else _sdpa if score == "softmax" else _silu
-    out = []
-    for row, mask_qt in enumerate(spans.masks()):
-        queries = slice(spans.query_offsets[row], spans.query_offsets[row + 1])
-        keys = slice(spans.key_offsets[row], spans.key_offsets[row + 1])
-        if queries.start < queries.stop:
-            bias_Hqt = None if bias is None else bias.of_row(keys.start, keys.stop)
-            out.append(attend(q_QHK[queries], k_THK[keys], v_THK[keys], mask_qt, bias_Hqt, silu_length, score))
-    return torch.cat(out)
+        wide = torch.promote_types(bias.position_PH.dtype, torch.float32)
+        bias = replace(bias, position_PH=bias.position_PH.to(wide), time_GH=bias.time_GH.to(wide))
+    attend = _reference if implementation == "reference" else _torch
+    return attend(q_QHK, k_THK, v_THK, spans, score, bias, silu_length)
 
 
 def default_implementation(device: torch.device, score: Score) -> Implementation:
@@ -175,29 +227,47 @@ def check_implementation(implementation: Implementation, score: Score, where: st
         raise ConfigError(f"{where}: FlexAttention has no SiLU scores; use attention=triton on CUDA, torch on CPU, or auto")
 
 
-def _sdpa(q_qHK: Tensor, k_tHK: Tensor, v_tHK: Tensor, mask_qt: Tensor, bias_Hqt: Tensor | None, *_: object) -> Tensor:
-    q, k, v = (x.transpose(0, 1)[None] for x in (q_qHK, k_tHK, v_tHK))
-    mask = mask_qt if bias_Hqt is None else bias_Hqt.masked_fill(~mask_qt, float("-inf")).to(q.dtype)[None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1)
+def _torch(q_QHK: Tensor, k_THK: Tensor, v_THK: Tensor, spans: Spans, score: Score, bias: RelativeBias | None, length: int) -> Tensor:
+    """Piece by piece. A CPU computes in float32 also for bf16, where its kernels take twice the time."""
+    dtype = torch.float32 if q_QHK.device.type == "cpu" and q_QHK.dtype == torch.bfloat16 else q_QHK.dtype
+    q_QHK, k_THK, v_THK, output_dtype = q_QHK.to(dtype), k_THK.to(dtype), v_THK.to(dtype), q_QHK.dtype
+    pieces, row_lengths = spans.pieces(), [end - begin for begin, end in pairwise(spans.key_offsets)]
+    # Splits, not slices: the backward pass of a slice fills and adds a tensor as large as the whole batch.
+    queries, keys, values = q_QHK.split([piece.num_queries for piece in pieces]), k_THK.split(row_lengths), v_THK.split(row_lengths)
+    table_HC = None if bias is None else bias.table(_MASKED[score]).to(dtype)
+    added = spans.additive(score, dtype) if bias is None else bias.indices(spans)
+    out = []
+    for piece, q_qHK, add in zip(pieces, queries, added, strict=True):
+        here = slice(piece.first_key - spans.key_offsets[piece.row], piece.end_key - spans.key_offsets[piece.row])
+        q, k, v = (x.transpose(0, 1) for x in (q_qHK, keys[piece.row][here], values[piece.row][here]))
+        if bias is not None:
+            add = table_HC.index_select(1, add).view(q.shape[0], q.shape[1], k.shape[1])
+        if score == "softmax" and bias is None:
+            o = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=add)[0]
+        else:
+            scale = q.shape[-1] ** -0.5
+            scores = q @ k.transpose(1, 2) * scale if add is None else torch.baddbmm(
+                add.expand(q.shape[0], -1, -1), q, k.transpose(1, 2), alpha=scale)
+            o = scores.softmax(-1) @ v if score == "softmax" else F.silu(scores) @ v
+        out.append(o.transpose(0, 1))
+    out_QHK = torch.cat(out)
+    return (out_QHK if score == "softmax" else out_QHK / length).to(output_dtype)
 
 
-def _silu(q_qHK: Tensor, k_tHK: Tensor, v_tHK: Tensor, mask_qt: Tensor, bias_Hqt: Tensor | None, length: int, _: Score) -> Tensor:
-    q, k, v = (x.transpose(0, 1) for x in (q_qHK, k_tHK, v_tHK))
-    scores = (q @ k.transpose(1, 2)) * q.shape[-1] ** -0.5
-    if bias_Hqt is not None:
-        scores = scores + bias_Hqt.to(scores.dtype)
-    return ((F.silu(scores) * mask_qt) @ v).transpose(0, 1) / length
-
-
-def _reference(q_qHK: Tensor, k_tHK: Tensor, v_tHK: Tensor, mask_qt: Tensor, bias_Hqt: Tensor | None, length: int, score: Score) -> Tensor:
-    scores = torch.einsum("qhk,thk->hqt", q_qHK.float(), k_tHK.float()) / q_qHK.shape[-1] ** 0.5
-    if bias_Hqt is not None:
-        scores = scores + bias_Hqt.float()
-    if score == "softmax":
-        weights = scores.masked_fill(~mask_qt, float("-inf")).softmax(-1).nan_to_num(0.0)
-    else:
-        weights = F.silu(scores).masked_fill(~mask_qt, 0.0) / length
-    return torch.einsum("hqt,thk->qhk", weights, v_tHK.float()).to(q_qHK.dtype)
+def _reference(q_QHK: Tensor, k_THK: Tensor, v_THK: Tensor, spans: Spans, score: Score, bias: RelativeBias | None, length: int) -> Tensor:
+    out = []
+    for row, (queries, keys) in enumerate(zip(pairwise(spans.query_offsets), pairwise(spans.key_offsets), strict=True)):
+        q_qHK, k_tHK, v_tHK = q_QHK[slice(*queries)], k_THK[slice(*keys)], v_THK[slice(*keys)]
+        mask_qt = spans.mask(row)
+        scores = torch.einsum("qhk,thk->hqt", q_qHK.float(), k_tHK.float()) / q_qHK.shape[-1] ** 0.5
+        if bias is not None:
+            scores = scores + bias.of_row(*keys).float()
+        if score == "softmax":
+            weights = scores.masked_fill(~mask_qt, float("-inf")).softmax(-1).nan_to_num(0.0)
+        else:
+            weights = F.silu(scores).masked_fill(~mask_qt, 0.0) / length
+        out.append(torch.einsum("hqt,thk->qhk", weights, v_tHK.float()).to(q_QHK.dtype))
+    return torch.cat(out)
 
 
 def _flex(q_QHK: Tensor, k_THK: Tensor, v_THK: Tensor, spans: Spans, bias: RelativeBias | None) -> Tensor:
