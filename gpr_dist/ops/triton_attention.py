@@ -1,10 +1,10 @@
 """One fused Triton kernel family for `hybrid_attention`: softmax or SiLU scores over spans of keys, with the relative bias inside.
 
-Owns the kernels, their launch and their gradients; what the numbers mean is `attention.reference`'s to say. Nothing of size queries ×
+Owns the kernels, their launch and their gradients; what the numbers mean is said by `attention`'s `reference`. Nothing of size queries ×
 keys is ever stored: a block of queries walks the keys from its smallest first to its largest last, and the backward pass computes the
 scores again (softmax from the saved log-sum-exp): once for dq and once for dk and dv, seven products of tiles where a single kernel with
-atomic additions into dq would need five. Keys find their queries by two sorted envelopes of the spans, so the host never
-waits for the device. Sums are float32; weights are rounded to the values' precision before they meet the values, as in any flash kernel.
+atomic additions into dq would need five. Keys find their queries by two sorted envelopes of the spans, so the host never waits for the
+device. Sums are float32; weights are rounded to the values' precision before they meet the values, as in any flash kernel.
 With `TRITON_INTERPRET=1` before the first import of triton the same kernels run on a CPU, slowly, for tests.
 """
 
@@ -126,10 +126,13 @@ def _grid(length: int, num_heads: int, block: str) -> object:
 
 
 def _dot_precision() -> str:
-    """How float32 tiles are multiplied; PyTorch's own setting. NumPy, which interprets, has no bfloat16 to multiply."""
+    """How float32 tiles are multiplied, after PyTorch's own setting: as three products on the tensor cores, or as one.
+
+    ("ieee", outside the tensor cores, takes minutes to compile for wide heads.) NumPy, which interprets, has no bfloat16 to multiply.
+    """
     if _INTERPRETED:
         return "interpreted"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _that_fit(configs: list[triton.Config], arguments: dict, **settings: object) -> list[triton.Config]:
@@ -141,12 +144,14 @@ def _that_fit(configs: list[triton.Config], arguments: dict, **settings: object)
 
 
 def _shared_bytes(config: triton.Config, settings: dict) -> int:
-    """What a block needs, at most: two tensors' tiles that stay, two in flight per stage, and the bias's change of layouts."""
+    """What a block needs, as compiled for sm_90 with Triton 3.9: two tensors' tiles that stay, two in flight per stage, up to a quarter
+    more for their parts in float32, and the bias's changes of layout.
+    """
     stays, passes = config.kwargs["M"], config.kwargs["N"]
     if "low_k" in settings:  # the keys' kernel
         stays, passes = passes, stays
     tiles = 2 * (stays + config.num_stages * passes) * settings["PADDED"] * settings["q"].element_size()
-    return tiles + (12 * stays * passes if settings["POSITIONS"] else 0) + 4096
+    return tiles * 5 // 4 + (12 * stays * passes if settings["POSITIONS"] else 0) + 4096
 
 
 def _tuned(*tiles: tuple[int, int, int, int], written: tuple[str, ...] = ()) -> object:

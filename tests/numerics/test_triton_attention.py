@@ -37,6 +37,8 @@ def test_the_kernels_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-m", "not cuda", "-p", "no:cacheprovider", __file__]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
+    if "only 0-dimensional arrays can be converted to Python scalars" in done.stdout:
+        pytest.skip("this triton's interpreter does not work with this NumPy (3.6 does not with NumPy 2.4, 3.9 does)")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -158,7 +160,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(name, settings, tmp_path, m
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     tuned = getattr(triton_attention, name)
     tile = tuned.configs[-1]
-    constants = {**settings, **tile.kwargs, "WIDTH": 40, "PADDED": 64, "AHEAD": 16, "DOT": "ieee", "DETERMINISTIC": False}
+    constants = {**settings, **tile.kwargs, "WIDTH": 40, "PADDED": 64, "AHEAD": 16, "DOT": "tf32x3", "DETERMINISTIC": False}
     kind = dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), "*bf16")
     kind |= dict.fromkeys(("lse", "delta", "table", "dtable"), "*fp32") | dict.fromkeys(("scale", "silu_scale"), "fp32")
     kind |= dict.fromkeys(("first_q", "last_q", "low_k", "end_k", "place", "seconds"), "*i32") | dict.fromkeys(constants, "constexpr")
