@@ -21,7 +21,7 @@ from gpr_dist.ops.attention import AHEAD, RelativeBias, Score, Spans
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _FEW_BUCKETS = tl.constexpr(8)
-"""buckets of a tile that are summed one after another; with more, atomic additions are quicker but round in any order"""
+"""up to so many buckets of a tile are summed one after another; for more, atomic additions, which round in any order (not measured)"""
 _SMALLEST_M = 16 if _INTERPRETED else 32
 
 
@@ -30,7 +30,7 @@ def span_attention(q_QHK: Tensor, k_THK: Tensor, v_THK: Tensor, spans: Spans, sc
     """See `attention.hybrid_attention`. Not differentiable twice.
 
     Spans may be in any order; they are quick when their ends rise along a row, because a block of queries reads all keys between its
-    outermost ones. `torch.use_deterministic_algorithms(True)` makes repeated runs equal to the bit: fixed tiles and no atomic additions
+    outermost ones. `torch.use_deterministic_algorithms(True)` is for runs that repeat to the bit: fixed tiles and no atomic additions
     of several threads to one number, needed only for the gradients of the bias.
     Rows are apart but for what is not finite: a NaN among the values reaches queries of other rows in its tile, as 0 · NaN.
     Assumes: timestamps of one batch within 68 years of each other (farther ones share a bucket), fewer than 2³¹ keys and queries.
