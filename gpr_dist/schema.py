@@ -6,7 +6,7 @@ The two sides meet only here and in the files on disk. Nothing here reads or wri
 import hashlib
 import json
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from pathlib import Path
 
@@ -238,6 +238,11 @@ class Batch:
     def num_targets(self) -> int:
         """Targets of head 0, by which the loss is divided: every ad of every request once."""
         return int((self.target_head_N == 0).sum())
+
+    def keep_targets(self, keep_N: Tensor) -> "Batch":
+        """Without the other targets; requests stay. Args: keep_N: bool."""
+        return replace(self, **{f.name: getattr(self, f.name)[keep_N] for f in fields(self)
+                                if f.name.startswith("target_") and getattr(self, f.name) is not None})
 
     def to(self, device: torch.device | str) -> "Batch":
         """A copy on `device`."""

@@ -7,7 +7,7 @@ from torch import Tensor
 # N targets (request, head, ad)  P MTP heads  L levels  V codes per level
 
 
-def mtp_loss(nll_NL: Tensor, head_N: Tensor, head_weight_P: Tensor, num_targets: int) -> Tensor:
+def mtp_loss(nll_NL: Tensor, head_N: Tensor, head_weight_P: Tensor, num_targets: float) -> Tensor:
     """Multi-token prediction loss (GPR, arXiv 2511.10138, Eq. 3).
 
         loss = sum_n sum_l head_weight[head_n] * nll_nl / num_targets
@@ -16,7 +16,8 @@ def mtp_loss(nll_NL: Tensor, head_N: Tensor, head_weight_P: Tensor, num_targets:
         nll_NL: -log p of every true code (`ops.cross_entropy.code_nll`); nats.
         head_N: 0-based MTP head of each target.
         head_weight_P: simplex over heads, sums to 1.
-        num_targets: head-0 targets of the whole step, over all ranks and micro-batches, so that the result does not depend on the split.
+        num_targets: head-0 targets of the whole step, over all ranks and micro-batches, so that the result does not depend on the
+            split; times the share that is drawn when targets are sampled.
     Returns: this micro-batch's share of the step loss, nats per ad; 0 without targets. The shares of a step sum to its loss.
     Raises: ValueError if num_targets is not positive.
     Differs from the paper: divided by num_targets (the paper sums); PAPER.md.
@@ -26,7 +27,7 @@ def mtp_loss(nll_NL: Tensor, head_N: Tensor, head_weight_P: Tensor, num_targets:
     return (head_weight_P[head_N] * nll_NL.sum(1)).sum() / num_targets
 
 
-def value_loss(values_NL1: Tensor, value_N: Tensor, head_N: Tensor, head_weight_P: Tensor, num_targets: int) -> Tensor:
+def value_loss(values_NL1: Tensor, value_N: Tensor, head_N: Tensor, head_weight_P: Tensor, num_targets: float) -> Tensor:
     """Regression of every V_0 … V_L on the logged value (gpr_spec §3.3): Huber on log1p, mean over levels.
 
     Args: value_N: logged value, NaN where it was not logged (such targets count 0). Others as in `mtp_loss`.
@@ -37,7 +38,7 @@ def value_loss(values_NL1: Tensor, value_N: Tensor, head_N: Tensor, head_weight_
     return (head_weight_P[head_N] * error * known).sum() / num_targets
 
 
-def refining_loss(refining_N: Tensor, head_N: Tensor, head_weight_P: Tensor, num_targets: int) -> Tensor:
+def refining_loss(refining_N: Tensor, head_N: Tensor, head_weight_P: Tensor, num_targets: float) -> Tensor:
     """Diffusion loss of the refining token (gpr_spec §3.2), weighted as the targets are. Arguments as in `mtp_loss`."""
     return (head_weight_P[head_N] * refining_N).sum() / num_targets
 

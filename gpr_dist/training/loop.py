@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from gpr_dist.config import Config
@@ -22,6 +23,7 @@ from gpr_dist.data.loader import Loader, Step
 from gpr_dist.errors import TrainingError
 from gpr_dist.model.flops import Work, training_flops, work_of
 from gpr_dist.model.gpr import GPRConfig
+from gpr_dist.ops.noise import hashed_uniform
 from gpr_dist.schema import Batch
 from gpr_dist.training import checkpoint
 from gpr_dist.training.checkpoint import CheckpointConfig
@@ -39,6 +41,8 @@ class FitConfig(Config):
 
     schedule: ScheduleConfig = ScheduleConfig()
     """length and learning rate"""
+    target_share: float = Field(default=1.0, gt=0, le=1)
+    """share of the requests whose ads are targets in a step, drawn anew in every step; the loss stays an unbiased estimate of the whole"""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """when to save and what to keep"""
     log_every_steps: int = 1
@@ -61,7 +65,7 @@ class LossShare:
     value_loss: Tensor  # scalar, detached share of the value regression
 
 
-Objective = Callable[[Engine, Batch, int], LossShare]
+Objective = Callable[[Engine, Batch, float], LossShare]
 
 
 @dataclass
@@ -109,7 +113,7 @@ def fit(engine: Engine, loader: Loader, objective: Objective, config: FitConfig,
             data = next(steps)
             waited = time.perf_counter() - started
             lr = learning_rate(config.schedule, global_step)
-            result = train_step(engine, data, objective, model, lr, stop())
+            result = train_step(engine, data, objective, model, lr, stop(), config.target_share)
             progress.step = global_step + 1
             progress.rows, progress.tokens, progress.targets = (a + b for a, b in zip((progress.rows, progress.tokens, progress.targets),
                                                                                       (result.rows, result.work.tokens, result.targets),
@@ -159,16 +163,20 @@ class StepResult:
     work: Work
 
 
-def train_step(engine: Engine, data: Step, objective: Objective, model: GPRConfig, lr: float, stop: bool) -> StepResult:
+def train_step(engine: Engine, data: Step, objective: Objective, model: GPRConfig, lr: float, stop: bool,
+               target_share: float = 1.0) -> StepResult:
     """One optimizer step over this rank's micro-batches (collective)."""
-    batches = [batch.to(engine.device) for batch in data.micro_batches]
-    work = sum((work_of(batch, model.num_mtp_heads, model.ptd.intent_window) for batch in data.micro_batches), Work())
-    counts = [sum(b.num_targets for b in batches), sum(b.num_rows for b in batches), *vars(work).values()]
-    num_targets, rows, *work_sums = (int(x) for x in engine.all_reduce(torch.tensor(counts, dtype=torch.float64)).tolist())
+    sampled = [sample_targets(batch, target_share, data.epoch * 1_000_003 + data.step_in_epoch) for batch in data.micro_batches]
+    work = sum((work_of(batch, model.num_mtp_heads, model.ptd.intent_window) for batch in sampled), Work())
+    batches = [batch.to(engine.device) for batch in sampled]
+    counts = [sum(b.num_targets for b in data.micro_batches), sum(b.num_targets for b in sampled), sum(b.num_rows for b in sampled),
+              *vars(work).values()]
+    every_target, targets, rows, *work_sums = (int(x) for x in engine.all_reduce(torch.tensor(counts, dtype=torch.float64)).tolist())
+    num_targets = max(1.0, every_target * target_share)  # a step may hold no target at all: its loss is 0
     p, l = model.num_mtp_heads, model.num_levels  # noqa: E741
     sums = torch.zeros(2 + p * l + p + 1, dtype=torch.float64, device=engine.device)
     for batch in batches:
-        share = objective(engine, batch, max(1, num_targets))  # a step may hold no target at all: its loss is 0
+        share = objective(engine, batch, num_targets)
         engine.backward(share.loss)
         sums += torch.cat((share.loss.detach().double()[None], share.value_loss.double()[None], share.nll_PL.flatten(), share.count_P,
                            torch.zeros(1, dtype=torch.float64, device=engine.device)))
@@ -180,7 +188,19 @@ def train_step(engine: Engine, data: Step, objective: Objective, model: GPRConfi
     sums, flags = reduced[: len(sums)], reduced[len(sums) :]
     grad_norm, applied = engine.step(lr, apply=not flags.any())
     return StepResult(float(sums[0]), float(sums[1]), sums[2 : 2 + p * l].view(p, l), sums[2 + p * l : -1], grad_norm, applied,
-                      bool(sums[-1]), flags.nonzero().flatten().tolist(), rows, num_targets, Work(*work_sums))
+                      bool(sums[-1]), flags.nonzero().flatten().tolist(), rows, targets, Work(*work_sums))
+
+
+def sample_targets(batch: Batch, share: float, seed: int) -> Batch:
+    """The batch with the targets of a random share of its requests, chosen by row, site and seed: alike however a step is split.
+
+    The decoder's cost falls with the share, the encoder's does not. Divided by `share` times all targets, the loss stays unbiased.
+    """
+    if share == 1:
+        return batch
+    row_R = batch.request_row_R
+    key_R = batch.row_ids_B[row_R] * 65_537 + batch.request_token_R - batch.offsets_B1[row_R]
+    return batch.keep_targets((hashed_uniform(key_R, 1, seed)[:, 0] < share)[batch.target_request_N])
 
 
 def step_metrics(engine: Engine, result: StepResult, model: GPRConfig, lr: float, seconds: float, waited: float, progress: Progress,

@@ -17,7 +17,7 @@ def mtp_objective(num_heads: int, value_loss_weight: float, head_weights: tuple[
     The router's loss is a mean over the tokens of a micro-batch that counts by its targets: the one part that depends on the split.
     """
 
-    def share(engine: Engine, batch: Batch, num_targets: int) -> LossShare:
+    def share(engine: Engine, batch: Batch, num_targets: float) -> LossShare:
         weight_P = uniform_head_weights(num_heads) if head_weights is None else torch.tensor(head_weights)
         weight_P = weight_P.to(engine.device)
         output = engine(batch)
