@@ -12,14 +12,15 @@ import torch
 
 from gpr_dist.config import Config, build_config, parse_cli
 from gpr_dist.data.eligibility import Eligibility
-from gpr_dist.data.loader import LoaderConfig, iter_once
+from gpr_dist.data.loader import LoaderConfig, OnePass, iter_once
 from gpr_dist.data.reader import ShardReader
 from gpr_dist.data.sampler import World
 from gpr_dist.decoding.model_decoder import ModelDecoder
 from gpr_dist.errors import CheckpointError, run_cli
 from gpr_dist.evaluation.baselines import evaluate_baselines, popularity
 from gpr_dist.evaluation.evaluate import comparison_table, evaluate_generation
-from gpr_dist.evaluation.validate import ValidationConfig, open_catalogue, open_journeys
+from gpr_dist.evaluation.validate import ValidationConfig, has_targets, open_catalogue, open_journeys
+from gpr_dist.evaluation.values import Values, calibrate, format_values, measure_values, predict_values
 from gpr_dist.job import DataConfig, split_shards
 from gpr_dist.model.gpr import GPR, GPRConfig
 from gpr_dist.schema import KnowledgeManifest, write_atomic
@@ -75,15 +76,27 @@ def main() -> int:
     model = load_model(folder, state["config"]["model"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     catalogue.trie = catalogue.trie.to(device)
-    batches = iter_once(shards[config.split], LoaderConfig(micro_batch_tokens=config.micro_batch_tokens), World(0, 1),
-                        semantic_ids.codes_NL, model.config.num_mtp_heads, config.settings.max_rows, knowledge=knowledge)
+
+    def batches(split: str) -> OnePass:
+        return iter_once(shards[split], LoaderConfig(micro_batch_tokens=config.micro_batch_tokens), World(0, 1), semantic_ids.codes_NL,
+                         model.config.num_mtp_heads, config.settings.max_rows, knowledge=knowledge)
+
     decode = ModelDecoder(model.to(device), device)
-    results = {f"GPR {folder.name}": evaluate_generation(decode, batches, catalogue.trie, catalogue.eligibility, catalogue.item_weight,
+    results = {f"GPR {folder.name}": evaluate_generation(decode, batches(config.split), catalogue.trie, catalogue.eligibility, catalogue.item_weight,
                                                          config.settings.ks, config.settings.beam_width, trained.softmax)}
     if config.baselines:
         results |= evaluate_baselines(log, catalogue.eligibility, semantic_ids.num_items, config.settings.baselines, config.settings.ks)
-    report(results, config, folder, data.folder, out)
+    values = None
+    if config.split == "test" and has_targets(shards["validation"]):
+        values = evaluate_values(predict_values(model, batches("validation"), device), predict_values(model, batches("test"), device))
+    report(results, values, config, folder, data.folder, out)
     return 0
+
+
+def evaluate_values(validation: Values, test: Values) -> dict[str, Any] | None:
+    """The value head on the test split, calibrated on the split before it; None where no values were logged."""
+    curves = calibrate(validation)
+    return measure_values(test, curves, float(validation.logged_N.mean())) if curves and len(test.logged_N) else None
 
 
 def check_knowledge(knowledge: Path | None, state: dict[str, Any], folder: Path) -> Path | None:
@@ -126,14 +139,17 @@ def load_model(folder: Path, config: dict[str, Any]) -> GPR:
     return model.eval()
 
 
-def report(results: dict[str, dict[str, float]], config: EvaluateConfig, folder: Path, data: Path, out: Path) -> None:
-    """Print the table and write everything as JSON."""
-    document = {"checkpoint": str(folder), "data": str(data), "split": config.split, "results": results}
+def report(results: dict[str, dict[str, float]], values: dict[str, Any] | None, config: EvaluateConfig, folder: Path, data: Path,
+           out: Path) -> None:
+    """Print the tables and write everything as JSON."""
+    document = {"checkpoint": str(folder), "data": str(data), "split": config.split, "results": results, "values": values}
     write_atomic(out, json.dumps(document, indent=1).encode())
     model = next(iter(results.values()))
     print(f"\n{config.split} split of {data}: {model['num_requests']:.0f} requests, {model['num_targets']:.0f} ads, "
           f"ranked among the ads eligible at each request\n")
     print(comparison_table(results, config.settings.ks))
+    if values:
+        print(f"\n{format_values(values)}")
     print(f"\nillegal items emitted: {model['illegal_items']:.0f}   {model['requests_per_s']:.0f} requests/s   report: {out}", flush=True)
 
 
