@@ -82,8 +82,9 @@ def main() -> int:
                          model.config.num_mtp_heads, config.settings.max_rows, knowledge=knowledge)
 
     decode = ModelDecoder(model.to(device), device)
-    results = {f"GPR {folder.name}": evaluate_generation(decode, batches(config.split), catalogue.trie, catalogue.eligibility, catalogue.item_weight,
-                                                         config.settings.ks, config.settings.beam_width, trained.softmax)}
+    results = {f"GPR {folder.name}": evaluate_generation(
+        decode, batches(config.split), catalogue.trie, catalogue.eligibility, catalogue.item_weight, config.settings.ks,
+        config.settings.beam_width, trained.softmax)}
     if config.baselines:
         results |= evaluate_baselines(log, catalogue.eligibility, semantic_ids.num_items, config.settings.baselines, config.settings.ks)
     values = None
