@@ -26,6 +26,7 @@ from gpr_dist.model.gpr import GPR, GPRConfig, GPROutput
 from gpr_dist.model.hsd import HSD, HSDConfig
 from gpr_dist.objectives.mtp import mtp_loss, refining_loss, uniform_head_weights, value_loss
 from gpr_dist.ops.attention import hybrid_attention
+from gpr_dist.ops.noise import dropout
 from gpr_dist.schema import EVERY_AD, NO_ITEM, Action, Batch, TokenType
 
 # B rows  R requests  T tokens  N targets  L levels  D width  M items  S sampled negatives
@@ -346,7 +347,7 @@ class ItemHSTU(nn.Module):
         self.items, self.positions = nn.Embedding(settings["num_items"] + 1, width), nn.Embedding(length, width)
         for table in (self.items, self.positions):
             nn.init.normal_(table.weight, std=0.02)
-        self.dropout = nn.Dropout(settings["dropout"])
+        self.dropout = settings["dropout"]
         self.hsd = HSD(width, HSDConfig(
             num_layers=settings["num_layers"], num_heads=settings["num_heads"], ffn_multiple=0, dropout=settings["dropout"], score="silu",
             silu_length=length, mask="causal", position="relative", position_buckets=max(32, length), token_aware_norm=False,
@@ -355,7 +356,7 @@ class ItemHSTU(nn.Module):
     def forward(self, embedded_TD: Tensor, batch: Batch) -> Tensor:
         """[T, D] of unit length."""
         position_T = torch.arange(len(embedded_TD), device=embedded_TD.device) % self.positions.num_embeddings
-        x_TD = self.dropout(embedded_TD * embedded_TD.shape[1] ** 0.5 + self.positions(position_T))
+        x_TD = dropout(embedded_TD * embedded_TD.shape[1] ** 0.5 + self.positions(position_T), self.dropout, self.training)
         return F.normalize(self.hsd(x_TD, batch)[0], dim=1)
 
 

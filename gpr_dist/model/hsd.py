@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from gpr_dist.config import Config
 from gpr_dist.model.typed import TypedFFN, TypedNorm, TypeGroups
 from gpr_dist.ops.attention import Implementation, RelativeBias, Score, Spans, check_implementation, hybrid_attention, hybrid_spans
+from gpr_dist.ops.noise import dropout
 from gpr_dist.ops.rotary import rotary_angles, rotate
 from gpr_dist.schema import Batch, TokenType
 
@@ -108,21 +109,22 @@ class HSDLayer(nn.Module):
         self.ffn = TypedFFN(width, int(config.ffn_multiple * width), config.token_aware_ffn)
         # a layer starts as a correction to the token, not as its replacement
         self.norm_out = TypedNorm(width, gain=0.3, token_aware=config.token_aware_norm)
-        self.dropout = nn.Dropout(config.dropout)
         if config.position == "relative":
             self.bias_position_PH = nn.Parameter(torch.zeros(config.position_buckets, config.num_heads))
             self.bias_time_GH = nn.Parameter(torch.zeros(config.time_buckets, config.num_heads))
 
     def forward(self, x_TD: Tensor, rows: RowContext) -> Tensor:
-        q, k, v, u = F.silu(self.qkvu(self.norm_in(x_TD, rows.groups))).chunk(4, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.config.num_heads, -1)) for part in (q, k, v))
-        bias = None
+        width, heads = x_TD.shape[1], self.config.num_heads
+        qk, v, u = F.silu(self.qkvu(self.norm_in(x_TD, rows.groups))).split((2 * width, width, width), dim=-1)
+        qk, v, bias = qk.unflatten(-1, (2 * heads, -1)), v.unflatten(-1, (heads, -1)), None
         if self.config.position == "rotary":
-            q, k = rotate(q, rows.cos_T1k, rows.sin_T1k), rotate(k, rows.cos_T1k, rows.sin_T1k)
+            qk = rotate(qk, rows.cos_T1k, rows.sin_T1k)
         elif self.config.position == "relative":
             bias = RelativeBias(self.bias_position_PH, self.bias_time_GH, rows.position_T, rows.seconds_T, rows.bias_buckets)
+        q, k = qk.chunk(2, dim=1)
         attended = hybrid_attention(q, k, v, rows.spans, self.config.score, bias, self.config.silu_length, self.config.attention)
-        return x_TD + self.dropout(self.norm_out(self.ffn(attended.flatten(1) * u, rows.groups), rows.groups))
+        out_TD = self.norm_out(self.ffn(attended.flatten(1) * u, rows.groups), rows.groups)
+        return x_TD + dropout(out_TD, self.config.dropout, self.training)
 
 
 class Router(nn.Module):

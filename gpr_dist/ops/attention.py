@@ -7,11 +7,11 @@ same numbers: `reference` (explicit, float32, for tests), `torch` (piece by piec
 gating, positions and parameters belong to the model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,9 +27,11 @@ Implementation = Literal["auto", "reference", "torch", "flex", "triton"]
 AHEAD = 16
 """positions by which a prompt token may look ahead and keep buckets of their own in the relative bias"""
 _FLEX_BLOCK = 128
-_PIECE_QUERIES = 256
-"""most queries of a piece: fewer leave out more of the keys that none of them reads, and cost more calls"""
-_MASKED = {"softmax": float("-inf"), "silu": -1e9}  # scores whose weight and gradient are 0; SiLU of -inf is not a number
+_PIECE_QUERIES = {"fused": 256, "products": 128}
+"""most queries of a piece: fewer leave out more of the keys that none of them reads, and cost more calls; PyTorch's fused kernel, which
+serves the plain softmax, likes more at once than products do"""
+# Scores whose weight and gradient are 0. SiLU of -inf is not a number, and below -1e9 its exponential is five times as slow.
+_MASKED = {"softmax": float("-inf"), "silu": -1e8}
 
 
 class Piece(NamedTuple):
@@ -52,39 +54,37 @@ class Spans:
     made: dict = field(default_factory=dict)
     """masks, made once for all layers"""
 
-    def pieces(self) -> list[Piece]:
-        """All queries in order, in about equal pieces of a row each."""
-        if "pieces" not in self.made:
+    def pieces(self, most: int) -> list[Piece]:
+        """All queries in order, in about equal pieces of a row each, of at most so many queries."""
+        if ("pieces", most) not in self.made:
             rows = [(row, begin, end) for row, (begin, end) in enumerate(pairwise(self.query_offsets)) if end > begin]
             cuts = [(row, begin + (end - begin) * part // parts) for row, begin, end in rows
-                    for parts in [-(-(end - begin) // _PIECE_QUERIES)] for part in range(parts)]
+                    for parts in [-(-(end - begin) // most)] for part in range(parts)]
             starts = [start for _, start in cuts]
             first_Q, last_Q = self.first_Q.cpu().numpy(), self.last_Q.cpu().numpy()
             first_Q = np.where(first_Q > last_Q, np.iinfo(np.int64).max, first_Q)
             low, high = np.minimum.reduceat(first_Q, starts).tolist(), (np.maximum.reduceat(last_Q, starts) + 1).tolist()
             counts = np.diff(starts, append=len(first_Q)).tolist()
-            self.made["pieces"] = [Piece(row, count, min(lo, hi), hi)
-                                   for (row, _), count, lo, hi in zip(cuts, counts, low, high, strict=True)]
-        return self.made["pieces"]
+            self.made["pieces", most] = [Piece(row, count, min(lo, hi), hi)
+                                         for (row, _), count, lo, hi in zip(cuts, counts, low, high, strict=True)]
+        return self.made["pieces", most]
 
-    def allowed(self) -> "list[Tensor | None]":
+    def allowed(self, pieces: list[Piece]) -> "list[Tensor | None]":
         """Per piece, bool [queries, keys]; None where every query reads every key."""
-        if "allowed" not in self.made:
-            counts = [piece.num_queries for piece in self.pieces()]
-            made = []
-            for piece, first_q, last_q in zip(self.pieces(), self.first_Q.split(counts), self.last_Q.split(counts), strict=True):
-                key_t = torch.arange(piece.first_key, piece.end_key, device=first_q.device)
-                allowed_qt = (key_t >= first_q[:, None]) & (key_t <= last_q[:, None])
-                made.append(None if allowed_qt.all() else allowed_qt)
-            self.made["allowed"] = made
-        return self.made["allowed"]
+        counts = [piece.num_queries for piece in pieces]
+        out = []
+        for piece, first_q, last_q in zip(pieces, self.first_Q.split(counts), self.last_Q.split(counts), strict=True):
+            key_t = torch.arange(piece.first_key, piece.end_key, device=first_q.device)
+            allowed_qt = (key_t >= first_q[:, None]) & (key_t <= last_q[:, None])
+            out.append(None if allowed_qt.all() else allowed_qt)
+        return out
 
-    def additive(self, score: Score, dtype: torch.dtype) -> "list[Tensor | None]":
-        """The same as numbers to add to the scores [1, queries, keys]."""
+    def additive(self, pieces: list[Piece], score: Score, dtype: torch.dtype) -> "list[Tensor | None]":
+        """The same as numbers to add to the scores [1, queries, keys]; made once for all layers."""
         if (score, dtype) not in self.made:
             self.made[score, dtype] = [
                 None if allowed is None else torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
-                    ~allowed, _MASKED[score])[None] for allowed in self.allowed()]
+                    ~allowed, _MASKED[score])[None] for allowed in self.allowed(pieces)]
         return self.made[score, dtype]
 
     def select(self, index_t: Tensor) -> "Spans":
@@ -123,11 +123,11 @@ class RelativeBias:
         sums_HC = (self.position_PH[:, None] + self.time_GH).flatten(0, 1).T
         return F.pad(sums_HC, (0, 1), value=masked)
 
-    def indices(self, spans: Spans) -> list[Tensor]:
+    def indices(self, pieces: list[Piece], spans: Spans) -> list[Tensor]:
         """Per piece, which column of the table each pair has, [queries · keys]: made once for all layers and heads."""
         if "indices" not in self.made:
             self.made["indices"], begin = [], 0
-            for piece, allowed_qt in zip(spans.pieces(), spans.allowed(), strict=True):
+            for piece, allowed_qt in zip(pieces, spans.allowed(pieces), strict=True):
                 position_qt, time_qt = self._buckets(slice(begin, begin + piece.num_queries), slice(piece.first_key, piece.end_key))
                 index_qt = position_qt * len(self.time_GH) + time_qt
                 if allowed_qt is not None:
@@ -228,30 +228,80 @@ def check_implementation(implementation: Implementation, score: Score, where: st
 
 
 def _torch(q_QHK: Tensor, k_THK: Tensor, v_THK: Tensor, spans: Spans, score: Score, bias: RelativeBias | None, length: int) -> Tensor:
-    """Piece by piece. A CPU computes in float32 also for bf16, where its kernels take twice the time."""
+    """Piece by piece. A CPU computes bf16 in float32: its fused kernel and its small products take up to twice as long in bf16."""
     dtype = torch.float32 if q_QHK.device.type == "cpu" and q_QHK.dtype == torch.bfloat16 else q_QHK.dtype
     q_QHK, k_THK, v_THK, output_dtype = q_QHK.to(dtype), k_THK.to(dtype), v_THK.to(dtype), q_QHK.dtype
-    pieces, row_lengths = spans.pieces(), [end - begin for begin, end in pairwise(spans.key_offsets)]
+    if score == "silu" or bias is not None:
+        pieces = spans.pieces(_PIECE_QUERIES["products"])
+        table_HC = None if bias is None else bias.table(_MASKED[score]).to(dtype)
+        added = spans.additive(pieces, score, dtype) if bias is None else bias.indices(pieces, spans)
+        return _Products.apply(q_QHK, k_THK, v_THK, table_HC, pieces, added, score, 1 / length).to(output_dtype)
+    row_lengths = [end - begin for begin, end in pairwise(spans.key_offsets)]
+    pieces = spans.pieces(_PIECE_QUERIES["fused"])
     # Splits, not slices: the backward pass of a slice fills and adds a tensor as large as the whole batch.
     queries, keys, values = q_QHK.split([piece.num_queries for piece in pieces]), k_THK.split(row_lengths), v_THK.split(row_lengths)
-    table_HC = None if bias is None else bias.table(_MASKED[score]).to(dtype)
-    added = spans.additive(score, dtype) if bias is None else bias.indices(spans)
     out = []
-    for piece, q_qHK, add in zip(pieces, queries, added, strict=True):
+    for piece, q_qHK, add in zip(pieces, queries, spans.additive(pieces, score, dtype), strict=True):
         here = slice(piece.first_key - spans.key_offsets[piece.row], piece.end_key - spans.key_offsets[piece.row])
-        q, k, v = (x.transpose(0, 1) for x in (q_qHK, keys[piece.row][here], values[piece.row][here]))
-        if bias is not None:
-            add = table_HC.index_select(1, add).view(q.shape[0], q.shape[1], k.shape[1])
-        if score == "softmax" and bias is None:
-            o = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=add)[0]
-        else:
-            scale = q.shape[-1] ** -0.5
-            scores = q @ k.transpose(1, 2) * scale if add is None else torch.baddbmm(
-                add.expand(q.shape[0], -1, -1), q, k.transpose(1, 2), alpha=scale)
-            o = scores.softmax(-1) @ v if score == "softmax" else F.silu(scores) @ v
-        out.append(o.transpose(0, 1))
-    out_QHK = torch.cat(out)
-    return (out_QHK if score == "softmax" else out_QHK / length).to(output_dtype)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q_qHK, keys[piece.row][here], values[piece.row][here]))
+        out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=add)[0].transpose(0, 1))
+    return torch.cat(out).to(output_dtype)
+
+
+class _Products(torch.autograd.Function):
+    """Attention by plain products, for what no fused kernel of PyTorch on a CPU computes: SiLU scores, and a bias that learns.
+
+    One node for all pieces: PyTorch's own would cost more than the arithmetic of a short row, and each would add up its part of the
+    gradients in a tensor of its own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q_QHK: Tensor, k_THK: Tensor, v_THK: Tensor, table_HC: Tensor | None, pieces: list[Piece],
+                added: list[Tensor | None], score: Score, factor: float) -> Tensor:
+        """Args: added: per piece, what is added to the scores, or where there is a table its columns. factor: of SiLU scores' sum."""
+        ctx.pieces, ctx.added, ctx.score, ctx.table_shape = pieces, added, score, None if table_HC is None else table_HC.shape
+        ctx.scale, ctx.factor = q_QHK.shape[-1] ** -0.5, factor if score == "silu" else 1.0
+        q, k, v = (x.transpose(0, 1).contiguous() for x in (q_QHK, k_THK, v_THK))
+        out, kept = torch.empty_like(q), []
+        for queries, keys, add in _Products._places(pieces, added):
+            if table_HC is not None:
+                add = table_HC.index_select(1, add).view(len(q), queries.stop - queries.start, -1)
+            k_t = k[:, keys].transpose(1, 2)
+            scores = q[:, queries] @ k_t * ctx.scale if add is None else torch.baddbmm(add, q[:, queries], k_t, alpha=ctx.scale)
+            weights = scores.softmax(-1) if score == "softmax" else F.silu(scores)
+            out[:, queries] = weights @ v[:, keys]
+            kept += [weights] if score == "softmax" else [weights, scores]
+        ctx.save_for_backward(q, k, v, *kept)
+        return out.mul_(ctx.factor).transpose(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_QHK: Tensor) -> tuple:
+        q, k, v, *kept = ctx.saved_tensors
+        g = (gradient_QHK.transpose(0, 1) * ctx.factor).contiguous()
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        wide = torch.promote_types(q.dtype, torch.float32)  # a column adds up very many
+        dtable_HC = None if ctx.table_shape is None else q.new_zeros(ctx.table_shape, dtype=wide)
+        each = 1 if ctx.score == "softmax" else 2
+        for number, (queries, keys, add) in enumerate(_Products._places(ctx.pieces, ctx.added)):
+            weights, scores = kept[each * number], kept[each * number + each - 1]
+            dweights = g[:, queries] @ v[:, keys].transpose(1, 2)
+            if ctx.score == "softmax":
+                dscores = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype)
+            else:
+                dscores = torch.ops.aten.silu_backward(dweights, scores)
+            dq[:, queries] = dscores @ k[:, keys]
+            dk[:, keys].baddbmm_(dscores.transpose(1, 2), q[:, queries], alpha=ctx.scale)
+            dv[:, keys].baddbmm_(weights.transpose(1, 2), g[:, queries])
+            if dtable_HC is not None:
+                dtable_HC.index_add_(1, add, dscores.flatten(1).to(wide))
+        return *(x.transpose(0, 1) for x in (dq.mul_(ctx.scale), dk, dv)), dtable_HC, None, None, None, None
+
+    @staticmethod
+    def _places(pieces: list[Piece], added: list[Tensor | None]) -> Iterator[tuple[slice, slice, Tensor | None]]:
+        begin = 0
+        for piece, add in zip(pieces, added, strict=True):
+            yield slice(begin, begin + piece.num_queries), slice(piece.first_key, piece.end_key), add
+            begin += piece.num_queries
 
 
 def _reference(q_QHK: Tensor, k_THK: Tensor, v_THK: Tensor, spans: Spans, score: Score, bias: RelativeBias | None, length: int) -> Tensor:

@@ -43,7 +43,7 @@ def test_operations_equal_the_counter_where_the_convention_counts(ptd):
     everything = replace(work, token_pairs=int((lengths**2).sum()), opening_intents=sum(int(lengths_R[r]) for r, _ in openings),
                          target_intents=int(lengths_R[batch.target_request_N].sum()))
     flops = forward_flops(model.config, everything)
-    norms = 3 * 2 * 2 * 2 * batch.num_tokens * len(TokenType) * D  # one-hot products of the typed norms, left out by convention
+    norms = 3 * 2 * 2 * batch.num_tokens * len(TokenType) * D  # one-hot products of the first norms, left out by convention
     assert counted(model, batch, "GPR.hsd") == flops["hsd.dense"] + flops["hsd.attention"] + norms
     assert counted(model, batch, "GPR.hte") == flops["hte"]
     among_codes = 2 * 2 * D * (2 * work.targets * 2 * 3 + work.openings)  # one weight times one value is no matrix product

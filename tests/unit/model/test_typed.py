@@ -12,11 +12,26 @@ MIXES = {"all": [3, 0, 2, 2, 1, 3, 0, 1, 3], "some": [1, 3, 1, 3, 3], "one": [2,
 
 def layers():
     torch.manual_seed(0)
-    norm, ffn = TypedNorm(D).double(), TypedFFN(D, 10).double()
+    norm, ffn, of_types = TypedNorm(D).double(), JoinedFFN(D, 10).double(), NormOfTypes(D).double()
     with torch.no_grad():
-        norm.weight_CD.normal_()
-        norm.bias_CD.normal_()
-    return norm, ffn
+        for layer in (norm, of_types):
+            layer.weight_CD.normal_()
+            layer.bias_CD.normal_()
+    return norm, ffn, of_types
+
+
+class JoinedFFN(TypedFFN):
+    """With the outputs of all types in token order."""
+
+    def forward(self, x, groups):
+        return groups.join(super().forward(x, groups))
+
+
+class NormOfTypes(TypedNorm):
+    """Given the tokens of each type, as after an FFN."""
+
+    def forward(self, x, groups):
+        return super().forward(groups.split(x), groups)
 
 
 def slow_norm(norm, x, c):
@@ -28,7 +43,7 @@ def slow_ffn(ffn, x, c):
 
 
 @pytest.mark.parametrize("mix", ["all", "some", "one"])
-@pytest.mark.parametrize(("which", "slow"), [(0, slow_norm), (1, slow_ffn)])
+@pytest.mark.parametrize(("which", "slow"), [(0, slow_norm), (1, slow_ffn), (2, slow_norm)])
 def test_equals_a_loop_over_tokens(mix, which, slow):
     layer, types = layers()[which], torch.tensor(MIXES[mix], dtype=torch.long)
     x = torch.randn(len(types), D, dtype=torch.float64, requires_grad=True)
@@ -42,7 +57,7 @@ def test_equals_a_loop_over_tokens(mix, which, slow):
 
 
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", [0, 1, 2])
 def test_types_that_are_absent_get_a_zero_gradient_and_not_none(mix, which):
     layer, types = layers()[which], torch.tensor(MIXES[mix], dtype=torch.long)
     layer(torch.randn(len(types), D, dtype=torch.float64), TypeGroups.build(types, torch.float64)).square().sum().backward()
@@ -51,7 +66,7 @@ def test_types_that_are_absent_get_a_zero_gradient_and_not_none(mix, which):
         assert used == [c in MIXES[mix] for c in range(NUM_TYPES)]
 
 
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", [0, 1, 2])
 def test_weights_of_a_type_change_its_tokens_only(which):
     layer, types = layers()[which], torch.tensor(MIXES["all"])
     x = torch.randn(len(types), D, dtype=torch.float64)
