@@ -28,8 +28,10 @@ AHEAD = 16
 """positions by which a prompt token may look ahead and keep buckets of their own in the relative bias"""
 _FLEX_BLOCK = 128
 _PIECE_QUERIES = {"fused": 256, "products": 128}
-"""most queries of a piece: fewer leave out more of the keys that none of them reads, and cost more calls; PyTorch's fused kernel, which
-serves the plain softmax, likes more at once than products do"""
+"""most queries of a piece: fewer leave out more of the keys that none of them reads, and cost more calls"""
+_PRODUCTS_MOST_KEYS = 2048
+"""longest row that a CPU trains on by plain products: they keep all weights for the backward pass, and take three quarters of the time of
+PyTorch's fused kernel, which keeps none"""
 # Scores whose weight and gradient are 0. SiLU of -inf is not a number, and below -1e9 its exponential is five times as slow.
 _MASKED = {"softmax": float("-inf"), "silu": -1e8}
 
@@ -69,6 +71,12 @@ class Spans:
                                          for (row, _), count, lo, hi in zip(cuts, counts, low, high, strict=True)]
         return self.made["pieces", most]
 
+    def any_empty(self) -> bool:
+        """Whether a query reads nothing."""
+        if "empty" not in self.made:
+            self.made["empty"] = bool((self.first_Q > self.last_Q).any())
+        return self.made["empty"]
+
     def allowed(self, pieces: list[Piece]) -> "list[Tensor | None]":
         """Per piece, bool [queries, keys]; None where every query reads every key."""
         counts = [piece.num_queries for piece in pieces]
@@ -81,11 +89,12 @@ class Spans:
 
     def additive(self, pieces: list[Piece], score: Score, dtype: torch.dtype) -> "list[Tensor | None]":
         """The same as numbers to add to the scores [1, queries, keys]; made once for all layers."""
-        if (score, dtype) not in self.made:
-            self.made[score, dtype] = [
+        key = score, dtype, len(pieces)
+        if key not in self.made:
+            self.made[key] = [
                 None if allowed is None else torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
                     ~allowed, _MASKED[score])[None] for allowed in self.allowed(pieces)]
-        return self.made[score, dtype]
+        return self.made[key]
 
     def select(self, index_t: Tensor) -> "Spans":
         """Of self-attention over some of the tokens only (increasing positions)."""
@@ -231,12 +240,13 @@ def _torch(q_QHK: Tensor, k_THK: Tensor, v_THK: Tensor, spans: Spans, score: Sco
     """Piece by piece. A CPU computes bf16 in float32: its fused kernel and its small products take up to twice as long in bf16."""
     dtype = torch.float32 if q_QHK.device.type == "cpu" and q_QHK.dtype == torch.bfloat16 else q_QHK.dtype
     q_QHK, k_THK, v_THK, output_dtype = q_QHK.to(dtype), k_THK.to(dtype), v_THK.to(dtype), q_QHK.dtype
-    if score == "silu" or bias is not None:
+    row_lengths = [end - begin for begin, end in pairwise(spans.key_offsets)]
+    train_short = q_QHK.device.type == "cpu" and torch.is_grad_enabled() and max(row_lengths) <= _PRODUCTS_MOST_KEYS
+    if score == "silu" or bias is not None or (train_short and not spans.any_empty()):
         pieces = spans.pieces(_PIECE_QUERIES["products"])
         table_HC = None if bias is None else bias.table(_MASKED[score]).to(dtype)
         added = spans.additive(pieces, score, dtype) if bias is None else bias.indices(pieces, spans)
         return _Products.apply(q_QHK, k_THK, v_THK, table_HC, pieces, added, score, 1 / length).to(output_dtype)
-    row_lengths = [end - begin for begin, end in pairwise(spans.key_offsets)]
     pieces = spans.pieces(_PIECE_QUERIES["fused"])
     # Splits, not slices: the backward pass of a slice fills and adds a tensor as large as the whole batch.
     queries, keys, values = q_QHK.split([piece.num_queries for piece in pieces]), k_THK.split(row_lengths), v_THK.split(row_lengths)
@@ -249,7 +259,7 @@ def _torch(q_QHK: Tensor, k_THK: Tensor, v_THK: Tensor, spans: Spans, score: Sco
 
 
 class _Products(torch.autograd.Function):
-    """Attention by plain products, for what no fused kernel of PyTorch on a CPU computes: SiLU scores, and a bias that learns.
+    """Attention by plain products: SiLU scores and a bias that learns, which no fused kernel of PyTorch on a CPU computes, and short rows.
 
     One node for all pieces: PyTorch's own would cost more than the arithmetic of a short row, and each would add up its part of the
     gradients in a tensor of its own.

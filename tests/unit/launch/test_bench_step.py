@@ -104,13 +104,15 @@ def test_sampled_softmax_is_the_one_over_fetched_vectors(ours):
 
 
 def test_rates_follow_from_seconds(bench):
-    about = {"tokens": 100, "targets": 10, "flops": {"hsd.dense": 6e9, "hsd.attention": 1e9, "ptd.dense": 2e9, "hte": 1e9}}
+    about = {"memory_bytes": 3, "tokens": 100, "targets": 10,
+             "flops": {"hsd.dense": 6e9, "hsd.attention": 1e9, "ptd.dense": 2e9, "hte": 1e9}}
     parts = {"input embedding": 0.1, "HSD without attention": 0.5, "PTD keys and values": 0.1, "PTD opening": 0.1,
              "PTD generation": 0.2, "of which PTD attention": 0.15}
     found = bench.size_metrics(about, {"step": 2.0, "matmul": 0.5, **{f"part: {k}": v for k, v in parts.items()}}, 10e9, 7)
     assert (found["tokens_per_s"], found["targets_per_s"], found["mfu"]) == pytest.approx((50, 5, 10 / 2 / 20))
     assert found["hsd_dense_mfu"] == pytest.approx(6 / 0.5 / 20) and found["ptd_dense_mfu"] == pytest.approx(2 / 0.25 / 20)
     assert found["dense_mfu"] == pytest.approx(8 / 0.75 / 20) and found["parts_s"] == pytest.approx(1.0)
+    assert found["memory_bytes"] == 7
 
 
 def test_settings_are_laid_over_the_presets(bench):
