@@ -179,3 +179,22 @@ def test_what_cannot_work_is_refused():
         check_implementation("flex", "silu", "hsd.attention")
     assert default_implementation(torch.device("cpu"), "silu") == "torch"
     assert default_implementation(torch.device("cuda"), "softmax") == "flex"
+
+
+@pytest.mark.parametrize("longest", [0, 2048])
+def test_long_and_short_rows_train_alike_on_a_cpu(longest, monkeypatch):
+    monkeypatch.setattr("gpr_dist.ops.attention._PRODUCTS_MOST_KEYS", longest)  # the fused kernel, plain products
+    monkeypatch.setattr("gpr_dist.ops.attention._PIECE_QUERIES", {"fused": 32, "products": 16})
+    q, k, v, spans, _, direction = encoder_inputs(torch.float32)
+    learned, expected = [q, k, v], one_query_at_a_time(q, k, v, spans, None, "softmax")
+    wanted = torch.autograd.grad(expected, learned, direction.float())
+    out = hybrid_attention(q, k, v, spans)
+    for found, right in zip((out, *torch.autograd.grad(out, learned, direction.float())), (expected, *wanted), strict=True):
+        assert (found - right).norm() / right.norm() < 1e-5
+
+
+def test_a_query_that_reads_nothing_gets_zeros_and_no_gradient():
+    q, k, v, spans, _, _ = decoder_inputs(torch.float32)
+    out = hybrid_attention(q, k, v, Spans(spans.first_Q, spans.first_Q - 1, QUERIES, KEYS))
+    out.sum().backward()
+    assert not out.any() and all(not x.grad.any() for x in (q, k, v))
