@@ -88,7 +88,7 @@ def main() -> int:
     if config.baselines:
         results |= evaluate_baselines(log, catalogue.eligibility, semantic_ids.num_items, config.settings.baselines, config.settings.ks)
     values = None
-    if config.split == "test" and has_targets(shards["validation"]):
+    if config.split == "test" and has_targets(Path(shards["validation"])):
         values = evaluate_values(predict_values(model, batches("validation"), device), predict_values(model, batches("test"), device))
     report(results, values, config, folder, data.folder, out)
     return 0
