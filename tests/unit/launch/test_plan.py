@@ -80,6 +80,7 @@ def test_work_of_journeys_of_several_lengths():
     lengths = np.array([100, 300])
     work = plan.step_work(GPRConfig(), 10, lengths, 5.0)
     assert (work.tokens, work.token_pairs) == (2000, 10 * 50_000 // 2)
-    assert (work.openings, work.targets) == (10 * 5 / 2 * 4, 10 * (5 + 3 * 5 / 2)) and work.target_intents == work.targets * 50_000 / 200 / 2
+    assert (work.openings, work.targets) == (10 * 5 / 2 * 4, 10 * (5 + 3 * 5 / 2))
+    assert work.target_intents == work.targets * 50_000 / 200 / 2
     short = plan.step_work(GPRConfig(ptd={"intent_window": 16}), 10, lengths, 5.0)
     assert (short.opening_intents, short.target_intents) == (16 * short.openings, 16 * short.targets)
