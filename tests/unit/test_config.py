@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from documents import launch_module
 from pydantic import Field, ValidationError, model_validator
 
 from data_pipeline.build import BuildConfig
+from data_pipeline.knowledge import BuildKnowledgeConfig
 from data_pipeline.tokenize_items import FitTokenizerConfig
 from gpr_dist.config import Config, _nested_configs, build_config, describe, load_config, parse_cli, to_yaml
 from gpr_dist.errors import ConfigError
@@ -173,21 +175,24 @@ def test_command_line(tmp_path, capsys):
     assert ended.value.code == 0 and "What 100% of it does." in shown and all(line in shown for line in describe(OuterConfig))
 
 
+YAML_OF = {"data": BuildConfig, "tokenizer": FitTokenizerConfig, "knowledge": BuildKnowledgeConfig,
+           "compare": launch_module("compare").CompareConfig}
+
+
 def reachable(cls):
     """A job's config and every config inside it."""
     inner = [part for field in cls.model_fields.values() for part in _nested_configs(field.annotation)]
     return {cls}.union(*(reachable(part) for part in inner))
 
 
-@pytest.mark.parametrize("job", [PretrainConfig, BuildConfig, FitTokenizerConfig])
+@pytest.mark.parametrize("job", [PretrainConfig, BuildConfig, FitTokenizerConfig, BuildKnowledgeConfig, YAML_OF["compare"]])
 def test_every_setting_of_every_job_is_explained(job):
     configs = reachable(job)
-    assert len(configs) > 2 and all(c.__doc__ and c.__doc__ != Config.__doc__ for c in configs)
+    assert len(configs) > 1 and all(c.__doc__ and c.__doc__ != Config.__doc__ for c in configs)
     names = [(c.__name__, name, field) for c in configs for name, field in c.model_fields.items() if name != "format"]  # names its class
     assert [f"{c}.{name}" for c, name, field in names if not field.description] == []
 
 
-YAML_OF = {"data": BuildConfig, "tokenizer": FitTokenizerConfig}
 JOB_OF = {"pretrain": "pretrain"}
 
 
