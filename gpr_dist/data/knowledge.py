@@ -13,7 +13,7 @@ import xxhash
 from torch import Tensor
 
 from gpr_dist.errors import DataError
-from gpr_dist.schema import KnowledgeManifest, ShardManifest
+from gpr_dist.schema import KnowledgeManifest, ShardManifest, file_checksum
 
 # B rows  m vectors  E their width
 
@@ -78,12 +78,3 @@ class KnowledgeVectors:
         if array.shape != shape or kind not in (array.dtype.kind, array.dtype.str[1:]):
             raise DataError(f"{path} is {array.dtype} {array.shape}, expected shape {shape}; {_REMAKE}")
         return array
-
-
-def file_checksum(path: Path) -> str:
-    """xxh3_64 of a file, hex."""
-    digest = xxhash.xxh3_64()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()

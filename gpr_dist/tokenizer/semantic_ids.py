@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save
 
 from gpr_dist.config import build_config
 from gpr_dist.errors import GPRError, TokenizerError
-from gpr_dist.schema import write_atomic
+from gpr_dist.schema import file_checksum, write_atomic
 from gpr_dist.tokenizer.config import TokenizerConfig
 from gpr_dist.tokenizer.metrics import Groups, TokenizerReport, group_items, pack
 from gpr_dist.tokenizer.quantizer import Quantizer
@@ -158,7 +158,7 @@ class SemanticIds:
             "quantizer": quantizer,
             "codes": codes,
             "attachments": dict(self.attachments),
-            "checksums": {name: _checksum(folder / name) for name in (quantizer, codes, *self.attachments.values())},
+            "checksums": {name: file_checksum(folder / name) for name in (quantizer, codes, *self.attachments.values())},
         }
         content["checksum"] = _json_checksum(content)
         write_atomic(folder / BUNDLE_FILE, json.dumps(content, indent=1).encode())
@@ -174,7 +174,7 @@ class SemanticIds:
         for name, expected in content["checksums"].items():
             if not (folder / name).is_file():
                 raise TokenizerError(f"{folder / name} is missing; restore the bundle or fit it again with launch/fit_tokenizer.py")
-            if (found := _checksum(folder / name)) != expected:
+            if (found := file_checksum(folder / name)) != expected:
                 raise TokenizerError(f"{folder / name} is damaged (checksum {found}, expected {expected}); "
                                      "restore the bundle or fit it again with launch/fit_tokenizer.py")
         report = content["report"]
@@ -233,15 +233,6 @@ def _write_codes(path: Path, codes_NL: np.ndarray) -> None:
 def _read_codes(path: Path) -> np.ndarray:
     column = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0).column("codes")
     return column.flatten().to_numpy(zero_copy_only=True).reshape(len(column), column.type.list_size)
-
-
-def _checksum(path: Path) -> str:
-    """xxh3_64 of a file, in hex: for damage, at the speed of the disk; the fingerprints are sha256."""
-    digest = xxhash.xxh3_64()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _json_checksum(content: dict) -> str:

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from gpr_dist.config import Config
 from gpr_dist.errors import CheckpointError
-from gpr_dist.schema import write_atomic
+from gpr_dist.schema import file_checksum, write_atomic
 from gpr_dist.training.engine import STATES, Engine
 
 FORMAT_VERSION = 1
@@ -237,11 +237,7 @@ def tensor_name(name: str, state: str, lo: int, hi: int) -> str:
 
 def checksum(path: Path) -> str:
     """xxh3_128 of a file, in hex."""
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return file_checksum(path, xxhash.xxh3_128)
 
 
 def read_range(target: torch.Tensor, lo: int, hi: int, ranges: list[tuple[int, int, str]], files: dict[str, Any], folder: Path, name: str,
