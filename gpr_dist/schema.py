@@ -251,6 +251,20 @@ class Batch:
         return Batch(**{name: None if value is None else value.to(device, non_blocking=True) for name, value in values.items()})
 
 
+@dataclass(frozen=True)
+class CopyMass:
+    """What a pointer to the user's own past items says about B requests: p(path) = (1 - g) p_gen(path) + g p_copy(path).
+
+    p_copy is spread over the M past items that a request may show; the decoder mixes whole paths, not steps. A request without such
+    an item has no entry here and is decoded as if its gate were closed.
+    """
+
+    request_M: Tensor  # int64, ascending
+    item_M: Tensor  # int64 catalogue indices, each at most once per request
+    log_mass_M: Tensor  # float32; over the eligible items of each request the masses sum to 1
+    log_gate_B: Tensor  # float32, log g <= 0; -inf = closed
+
+
 def file_checksum(path: Path, digest: type = xxhash.xxh3_64) -> str:
     """Of a file's bytes, in hex: for damage, at the speed of the disk; what identifies content is sha256. Args: digest: an xxhash class."""
     running = digest()
