@@ -28,7 +28,6 @@ from tqdm import tqdm
 
 from data_pipeline.catalogue import Catalogue, ItemCollector, ItemTableCollector, build_catalogue
 from data_pipeline.events import AD, ITEM_SCHEMA, ORGANIC, BadRows, encode_events, event_dtype, validate_events
-from data_pipeline.hashing import bucket_of, check_collisions, feature_id, hash_strings
 from data_pipeline.journeys import SPLITS, JourneyConfig, Users, build_journeys
 from data_pipeline.shards import ShardConfig, ShardWriter, finished_parts, write_manifest
 from data_pipeline.sources import SourceConfig, open_source
@@ -36,6 +35,7 @@ from data_pipeline.sources.base import Source, Task
 from data_pipeline.spill import Spill, batch_to_records, read_columns, read_partition, records_to_table
 from gpr_dist.config import Config
 from gpr_dist.errors import ConfigError, DataError
+from gpr_dist.hashing import bucket_of, check_collisions, feature_id, hash_strings
 from gpr_dist.schema import NO_ITEM, SCHEMA_VERSION, ShardManifest, write_atomic
 
 BUILD_VERSION = 1  # raise it when the same logs and config give other bytes

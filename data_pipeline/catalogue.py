@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_pipeline.events import AD
-from data_pipeline.hashing import StringColumn, bucket_of, check_collisions, hash_strings
 from data_pipeline.spill import Spill, read_columns, read_partition
 from gpr_dist.errors import DataError
+from gpr_dist.hashing import StringColumn, bucket_of, check_collisions, hash_strings
 from gpr_dist.schema import NO_ITEM, SCHEMA_VERSION, write_atomic
 
 NEVER_SEEN = -1  # first_seen of an item that no event shows

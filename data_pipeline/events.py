@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_pipeline.hashing import combine64, feature_id, hash_strings
-from gpr_dist.errors import ConfigError, DataError
+from gpr_dist.errors import DataError
+from gpr_dist.hashing import combine64, feature_id, hash_strings
 from gpr_dist.schema import EVERY_AD, Action
 
 ORGANIC, AD = 0, 1
@@ -118,17 +118,6 @@ def feature_names(table_or_names: pa.Table | list[str], prefix: str) -> tuple[st
     """Names of the `user.` or `env.` columns, without the prefix, in column order."""
     names = table_or_names.column_names if isinstance(table_or_names, pa.Table) else table_or_names
     return tuple(name.removeprefix(prefix + ".") for name in names if name.startswith(prefix + "."))
-
-
-TIME_FEATURES = ("hour", "day_of_week", "week_of_year")
-
-
-def time_feature(name: str, timestamp: pa.ChunkedArray | pa.Array) -> pa.DictionaryArray | pa.ChunkedArray:
-    """A categorical feature of a time (int64 seconds, UTC): "hour" 0..23, "day_of_week" 0..6 from Monday, "week_of_year" 1..53 (ISO)."""
-    if name not in TIME_FEATURES:
-        raise ConfigError(f"unknown time feature {name!r}; known: {', '.join(TIME_FEATURES)}")
-    function = {"hour": pc.hour, "day_of_week": pc.day_of_week, "week_of_year": pc.iso_week}[name]
-    return function(timestamp.cast(pa.timestamp("s"))).dictionary_encode().cast(pa.dictionary(pa.int32(), pa.string()))
 
 
 def event_dtype(num_user_features: int, num_env_features: int) -> np.dtype:

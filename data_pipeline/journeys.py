@@ -18,9 +18,9 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from data_pipeline.events import AD, ORGANIC, event_fingerprint
-from data_pipeline.hashing import combine64
 from gpr_dist.config import Config
 from gpr_dist.errors import ConfigError
+from gpr_dist.hashing import combine64
 from gpr_dist.schema import JOURNEY_SCHEMA, NO_ITEM, Action, TokenType
 
 SPLITS = ("train", "validation", "test")

@@ -22,12 +22,12 @@ from pydantic import Field, model_validator
 from tqdm import tqdm
 
 from data_pipeline.embeddings import SENTENCE_ENCODER, TextConfig, TextSVD, clean_texts, fit_texts, sentence_encoder, unit_rows
-from data_pipeline.hashing import hash_strings
 from data_pipeline.journeys import SPLITS
 from data_pipeline.shards import iter_record_batches
 from data_pipeline.user_texts import TemplateConfig, describe_template, first_ad_times, write_texts
 from gpr_dist.config import Config
 from gpr_dist.errors import DataError
+from gpr_dist.hashing import hash_strings
 from gpr_dist.schema import KnowledgeManifest, KnowledgeRows, ShardManifest, write_atomic
 
 # K texts  m vectors of each  E width  n texts of one chunk

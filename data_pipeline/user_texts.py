@@ -20,11 +20,11 @@ from tqdm import tqdm
 from data_pipeline.build import BuildConfig
 from data_pipeline.catalogue import Catalogue
 from data_pipeline.embeddings import read_catalogue
-from data_pipeline.hashing import feature_id
 from data_pipeline.shards import iter_record_batches
 from data_pipeline.sources import open_source
 from gpr_dist.config import Config, load_config
 from gpr_dist.errors import ConfigError, DataError
+from gpr_dist.hashing import feature_id
 from gpr_dist.schema import Action, ShardManifest, TokenType
 
 _COLUMNS = ["user_id", "num_context", "num_lookahead", "token_type", "block", "item", "action", "timestamp", "value", "user_features"]

@@ -23,10 +23,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_pipeline.events import AD, ORGANIC, SourceBatch, time_feature
+from data_pipeline.events import AD, ORGANIC, SourceBatch
 from data_pipeline.sources.base import Source, Task, file_line, require_file
 from gpr_dist.config import Config
 from gpr_dist.errors import DataError
+from gpr_dist.hashing import time_feature
 from gpr_dist.schema import EVERY_AD, Action
 
 _DEMOGRAPHICS = ("age", "income", "home_ownership", "marital_status", "household_size", "household_comp", "kids_count")

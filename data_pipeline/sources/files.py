@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
-from data_pipeline.events import AD, ORGANIC, SourceBatch, time_feature
+from data_pipeline.events import AD, ORGANIC, SourceBatch
 from data_pipeline.sources.base import Source, Task
 from data_pipeline.sources.columns import UNITS_PER_SECOND, as_flags, as_floats, as_strings, clamp_times, map_values, parse_times
 from data_pipeline.sources.tables import (
@@ -29,6 +29,7 @@ from data_pipeline.sources.tables import (
 )
 from gpr_dist.config import Config
 from gpr_dist.errors import ConfigError, DataError
+from gpr_dist.hashing import time_feature
 from gpr_dist.schema import EVERY_AD, Action
 
 ActionName = Literal["impression", "click", "conversion"]

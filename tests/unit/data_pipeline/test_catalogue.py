@@ -7,8 +7,8 @@ import pytest
 import data_pipeline.catalogue as module
 from data_pipeline.catalogue import Catalogue, ItemCollector, ItemTableCollector, build_catalogue
 from data_pipeline.events import AD, ORGANIC
-from data_pipeline.hashing import hash_strings
 from gpr_dist.errors import DataError
+from gpr_dist.hashing import hash_strings
 
 
 def make(folder, ids, kinds, times, num_partitions=1, limit=1 << 30, base=None, batch=100, hashes=None):

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 
 from data_pipeline.embeddings import EmbeddingConfig
-from data_pipeline.hashing import hash_strings
 from data_pipeline.tokenize_items import FitTokenizerConfig, append_items, build_tokenizer, common_items
 from gpr_dist.errors import TokenizerError
+from gpr_dist.hashing import hash_strings
 from gpr_dist.tokenizer.config import TokenizerConfig
 from gpr_dist.tokenizer.semantic_ids import SemanticIds
 

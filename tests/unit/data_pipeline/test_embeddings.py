@@ -14,11 +14,11 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from data_pipeline import embeddings as module
 from data_pipeline.cooccurrence import CooccurrenceConfig
 from data_pipeline.embeddings import EmbeddingConfig, TextSVD, embed_items, fit_text_svd
-from data_pipeline.hashing import hash_strings
 from data_pipeline.shards import ShardConfig, ShardWriter, write_manifest
 from data_pipeline.tokenize_items import FitTokenizerConfig, append_items, build_tokenizer
 from gpr_dist.config import build_config
 from gpr_dist.errors import ConfigError, DataError, TokenizerError
+from gpr_dist.hashing import hash_strings
 from gpr_dist.schema import JOURNEY_SCHEMA
 from gpr_dist.tokenizer.config import TokenizerConfig
 from gpr_dist.tokenizer.semantic_ids import SemanticIds

@@ -12,11 +12,11 @@ from data_pipeline.events import (
     encode_events,
     event_fingerprint,
     feature_names,
-    time_feature,
     validate_events,
 )
 from data_pipeline.sources.columns import as_flags, as_floats, as_strings, parse_times
 from gpr_dist.errors import ConfigError, DataError
+from gpr_dist.hashing import time_feature
 from gpr_dist.schema import EVERY_AD, Action
 
 

@@ -7,10 +7,10 @@ import pyarrow as pa
 import pytest
 
 from data_pipeline.events import AD, ORGANIC, event_dtype
-from data_pipeline.hashing import combine64
 from data_pipeline.journeys import SPLITS, JourneyConfig, Users, build_journeys
 from data_pipeline.shards import row_stats
 from gpr_dist.errors import ConfigError
+from gpr_dist.hashing import combine64
 from gpr_dist.schema import JOURNEY_SCHEMA, NO_ITEM, Action, TokenType
 
 VALIDATION, TEST = 60, 80

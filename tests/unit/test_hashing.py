@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from data_pipeline.hashing import bucket_of, combine64, feature_id, hash_strings
+from gpr_dist.hashing import bucket_of, combine64, feature_id, hash_strings
 
 VALUES = ["", "a", "b", "12345678", "123456789", "ü", "a much longer identifier than one word", None, "a"]
 

@@ -1,4 +1,4 @@
-"""Stable 64-bit hashes of string columns, vectorised over the Arrow buffers.
+"""Stable 64-bit hashes of string columns, vectorised over the Arrow buffers, and the categories made from strings and times.
 
 Owns the one hash by which users are put into buckets, items are looked up and categories become integers. The value of a string
 is part of the data format: it is the same on every machine and in every version (golden values in the tests). polars and pyarrow
@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gpr_dist.errors import DataError
+from gpr_dist.errors import ConfigError, DataError
 
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _LENGTH = np.uint64(0xD6E8FEB86659FD93)
@@ -63,6 +63,17 @@ def feature_id(column: StringColumn, name: str) -> np.ndarray:
     hashes = hash_strings(column, salt=name)
     ids = (hashes >> np.uint64(33)).astype(np.int32)
     return np.where((ids == 0) & (hashes != 0), np.int32(1), ids)
+
+
+TIME_FEATURES = ("hour", "day_of_week", "week_of_year")
+
+
+def time_feature(name: str, timestamp: pa.ChunkedArray | pa.Array) -> pa.DictionaryArray | pa.ChunkedArray:
+    """A categorical feature of a time (int64 seconds, UTC): "hour" 0..23, "day_of_week" 0..6 from Monday, "week_of_year" 1..53 (ISO)."""
+    if name not in TIME_FEATURES:
+        raise ConfigError(f"unknown time feature {name!r}; known: {', '.join(TIME_FEATURES)}")
+    function = {"hour": pc.hour, "day_of_week": pc.day_of_week, "week_of_year": pc.iso_week}[name]
+    return function(timestamp.cast(pa.timestamp("s"))).dictionary_encode().cast(pa.dictionary(pa.int32(), pa.string()))
 
 
 def bucket_of(hashes: np.ndarray, num_buckets: int) -> np.ndarray:
