@@ -1,13 +1,14 @@
 """HTE, the Hierarchical Token-wise Evaluator: expected value V_0 … V_L of a prefix of codes (GPR §3.3).
 
-V_l = MLP_l([sg(h); Emb_l(z_l)]), h being the decoder state from which z_l was chosen (V_0 sees the first state alone). Everything it
-reads is detached, so values never disturb the generator. Trained on log1p of the logged value.
+V_l = MLP_l([sg(h_l); Emb_1(z_1) + … + Emb_l(z_l)]), h_l being the decoder state from which z_l was chosen (V_0 sees the first state
+alone). With Emb_l(z_l) only, V_3 explained less than V_1: a state that was trained to predict the next code forgets the value of the
+earlier ones. Everything it reads is detached, so values never disturb the generator. Trained on log1p of the logged value.
 """
 
 import torch
 from torch import Tensor, nn
 
-# N targets  L levels  D width
+# N targets or prefixes  L levels  l of them  D width
 
 
 class HTE(nn.Module):
@@ -18,10 +19,13 @@ class HTE(nn.Module):
         self.root = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
         self.levels = nn.ModuleList(nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, 1)) for _ in range(num_levels))
 
-    def forward(self, state_NLD: Tensor, code_NLD: Tensor) -> Tensor:
-        """Returns: values [N, L+1] in log1p units of the logged value, float32."""
-        state_NLD, code_NLD = state_NLD.detach(), code_NLD.detach()
-        values = [self.root(state_NLD[:, 0])]
-        for level, mlp in enumerate(self.levels):
-            values.append(mlp(torch.cat((state_NLD[:, level], code_NLD[:, level]), dim=-1)))
+    def forward(self, state_NlD: Tensor, code_NlD: Tensor) -> Tensor:
+        """Args: state_NlD: at least l states, at least one. code_NlD: embeddings of the first l codes, l from 0 to L.
+
+        Returns: values V_0 … V_l [N, l+1] in log1p units of the logged value, float32.
+        """
+        state_NlD, prefix_NlD = state_NlD.detach(), code_NlD.detach().cumsum(1)
+        values = [self.root(state_NlD[:, 0])]
+        for level, mlp in enumerate(self.levels[:code_NlD.shape[1]]):
+            values.append(mlp(torch.cat((state_NlD[:, level], prefix_NlD[:, level]), dim=-1)))
         return torch.cat(values, dim=1).float()
