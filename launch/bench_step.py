@@ -15,21 +15,18 @@ threads and the same allocator settings.
 import json
 import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from bench_contender import Contender, PeerError
 from pydantic import Field, model_validator
 from tqdm import tqdm
 
 from gpr_dist.config import Config
-from gpr_dist.errors import ConfigError, GPRError
+from gpr_dist.errors import ConfigError
 from gpr_dist.model.gpr import GPRConfig
 
-HERE = Path(__file__).resolve().parent
-# glibc gives every large temporary back to the system and faults it in again: two to three times the step on a CPU.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "34359738368", "MALLOC_TRIM_THRESHOLD_": "34359738368", "MALLOC_TOP_PAD_": "268435456"}
 FIELDS = {"num_user_features": 4, "num_env_features": 4}
 SIZES: dict[str, dict[str, Any]] = {
     "small": {"rows": 16, "tokens": 200, "model": {**FIELDS, "width": 96, "hsd": {"num_layers": 2}, "ptd": {"num_layers": 1}}},
@@ -183,7 +180,7 @@ def run_bench(config: StepBenchConfig) -> None:
 
 def run_size(config: StepBenchConfig, name: str, size: SizeConfig) -> dict[str, Any]:
     """One size of ours: whole step and parts."""
-    with Contender(config, "gpr", {"size": size.model_dump(mode="json")}) as ours:
+    with contender(config, "gpr", {"size": size.model_dump(mode="json")}) as ours:
         about = ours.run("describe")
         memory = [ours.run("step")["memory_bytes"] for _ in range(2)][-1]  # before the parts hold anything; the optimizer has its state
         runs = measure(config, {name: ours}, skip=("describe",))[name]
@@ -269,21 +266,21 @@ def run_group(config: StepBenchConfig, wanted: dict[str, tuple[str, dict[str, An
                 absent[name] = "no path given"
                 continue
             try:
-                found[name] = Contender(config, kind, {**settings, "path": str(settings.get("path"))})
+                found[name] = contender(config, kind, {**settings, "path": str(settings.get("path"))})
             except PeerError as error:
                 absent[name] = str(error)
         return measure(config, found, only=(*peer_steps, "matmul")), absent
     finally:
-        for contender in found.values():
-            contender.close()
+        for process in found.values():
+            process.close()
 
 
-def measure(config: StepBenchConfig, contenders: "dict[str, Contender]", skip: tuple[str, ...] = (),
+def measure(config: StepBenchConfig, contenders: dict[str, Contender], skip: tuple[str, ...] = (),
             only: tuple[str, ...] | None = None) -> dict[str, dict[str, list[dict]]]:
     """Every step of every contender in turn; the first round warms up and is left out."""
     runs: dict[str, dict[str, list[dict]]] = {name: {} for name in contenders}
-    turns = [(name, step, count > 0) for count in range(config.repetitions + 1) for name, contender in contenders.items()
-             for step in contender.steps if step not in skip and (only is None or step in only)]
+    turns = [(name, step, count > 0) for count in range(config.repetitions + 1) for name, process in contenders.items()
+             for step in process.steps if step not in skip and (only is None or step in only)]
     for name, step, counts in tqdm(turns, desc="steps", file=sys.stderr, mininterval=0.5):
         answer = contenders[name].run(step)
         if counts:
@@ -312,51 +309,11 @@ def report(config: StepBenchConfig, runs: dict[str, dict[str, list[dict]]], abse
     return {"contenders": out, "absent": absent}
 
 
-class PeerError(GPRError, RuntimeError):
-    """A contender cannot run on this machine."""
-
-
-class Contender:
-    """A process that runs one step when asked."""
-
-    def __init__(self, config: StepBenchConfig, kind: str, settings: dict[str, Any]) -> None:
-        ours = "path" not in settings or settings["path"] == "None"
-        python = config.hstu_python if kind == "meta_hstu" else sys.executable
-        script = HERE / ("bench_step_ours.py" if ours else "bench_step_peers.py")
-        settings = {**settings, "precision": config.precision, "threads": config.threads, "seed": config.seed}
-        if ours:
-            settings["device"] = config.device
-        environment = {**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": str(config.threads), "MKL_NUM_THREADS": str(config.threads)}
-        if ours:
-            environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-        try:
-            self.process = subprocess.Popen([str(python), str(script), kind, json.dumps(settings)], stdin=subprocess.PIPE,
-                                            stdout=subprocess.PIPE, stderr=None if ours else subprocess.DEVNULL, text=True, env=environment)
-        except OSError as error:
-            raise PeerError(f"{python}: {error.strerror}") from None
-        self.steps: list[str] = self._answer()["steps"]
-
-    def run(self, step: str) -> dict[str, Any]:
-        """Run a step. Returns: wall and cpu seconds, memory, and what the step says."""
-        self.process.stdin.write(step + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        line = self.process.stdout.readline()
-        answer = json.loads(line) if line else {"error": f"ended with exit code {self.process.wait()}"}
-        if "error" in answer:
-            self.close()
-            raise PeerError(answer["error"])
-        return answer
-
-    def close(self) -> None:
-        """End the process."""
-        self.process.stdin.close()
-        self.process.wait()
-
-    def __enter__(self) -> "Contender":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+def contender(config: StepBenchConfig, kind: str, settings: dict[str, Any]) -> Contender:
+    """Ours, or where the settings have a path a peer's."""
+    ours = settings.get("path", "None") == "None"
+    settings = {**settings, "precision": config.precision, "threads": config.threads, "seed": config.seed}
+    if ours:
+        settings["device"] = config.device
+    return Contender("bench_step_ours.py" if ours else "bench_step_peers.py", kind, settings,
+                     python=config.hstu_python if kind == "meta_hstu" else sys.executable, ours=ours)
