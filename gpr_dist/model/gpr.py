@@ -81,8 +81,10 @@ class GPR(nn.Module):
         self.hte = HTE(config.width, config.num_levels)
 
     def forward(self, batch: Batch, task: str = "train", **arguments: Any) -> Any:
-        """train → GPROutput of the batch's targets; logits → theirs [N, L, V]; encode → Opening; decode → log p of the next code."""
-        return {"train": self._train, "logits": self._logits, "encode": self._encode, "decode": self._decode}[task](batch, **arguments)
+        """train → GPROutput of the batch's targets; logits → theirs [N, L, V]; encode → Opening; decode → log p of the next code;
+        values → V of paths one code longer than those decoded."""
+        tasks = {"train": self._train, "logits": self._logits, "encode": self._encode, "decode": self._decode, "values": self._values}
+        return tasks[task](batch, **arguments)
 
     def _read(self, batch: Batch) -> tuple[Intents, Tensor | None]:
         hidden_TD, router = self.hsd(self.tokens(batch, self.codes), batch)
@@ -118,7 +120,15 @@ class GPR(nn.Module):
         request_R = torch.arange(len(batch.request_row_R), device=head_H.device)
         return self.ptd(intents, task="open", request_Q=request_R.repeat_interleave(len(head_H)), head_Q=head_H.repeat(len(request_R)))
 
-    def _decode(self, batch: Batch, opening: Opening, request_N: Tensor, head_N: Tensor, prefix_Nl: Tensor) -> Tensor:
-        """Log-probabilities [N, V] of the code after each prefix, float32; requests in any order."""
+    def _decode(self, batch: Batch, opening: Opening, request_N: Tensor, head_N: Tensor, prefix_Nl: Tensor,
+                with_state: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Log-probabilities [N, V] of the code after each prefix, float32; requests in any order. With the states [N, D] that predict
+        them, which task="values" reads."""
         state_NlD = self.ptd(opening, task="generate", request_N=request_N, head_N=head_N, prefix_NlD=self.codes(prefix_Nl))
-        return self.codes(state_NlD[:, -1:], task="logits", first_level=prefix_Nl.shape[1])[:, 0].float().log_softmax(-1)
+        log_probs_NV = self.codes(state_NlD[:, -1:], task="logits", first_level=prefix_Nl.shape[1])[:, 0].float().log_softmax(-1)
+        return (log_probs_NV, state_NlD[:, -1]) if with_state else log_probs_NV
+
+    def _values(self, batch: Batch, state_MD: Tensor, code_M: Tensor, level: int) -> Tensor:
+        """V_{level+1} [M] of choosing a code of `level` (from 0) in these states, log1p units, float32."""
+        code_MD = self.codes(code_M[:, None] + level * self.config.codebook_size)[:, 0]
+        return self.hte(state_MD[:, None], code_MD[:, None], level=level)[:, 0]

@@ -19,13 +19,15 @@ class HTE(nn.Module):
         self.root = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
         self.levels = nn.ModuleList(nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, 1)) for _ in range(num_levels))
 
-    def forward(self, state_NlD: Tensor, code_NlD: Tensor) -> Tensor:
-        """Args: state_NlD: at least l states, at least one. code_NlD: embeddings of the first l codes, l from 0 to L.
+    def forward(self, state_NLD: Tensor, code_NLD: Tensor, level: int | None = None) -> Tensor:
+        """Returns: values [N, L+1] in log1p units of the logged value, float32.
 
-        Returns: values V_0 … V_l [N, l+1] in log1p units of the logged value, float32.
+        Args: level: if given, states and codes are those of this level alone, [N, 1, D], and so is the result: V_{level+1} [N, 1].
         """
-        state_NlD, prefix_NlD = state_NlD.detach(), code_NlD.detach().cumsum(1)
-        values = [self.root(state_NlD[:, 0])]
-        for level, mlp in enumerate(self.levels[:code_NlD.shape[1]]):
-            values.append(mlp(torch.cat((state_NlD[:, level], prefix_NlD[:, level]), dim=-1)))
+        state_NLD, code_NLD = state_NLD.detach(), code_NLD.detach()
+        if level is not None:
+            return self.levels[level](torch.cat((state_NLD[:, 0], code_NLD[:, 0]), dim=-1)).float()
+        values = [self.root(state_NLD[:, 0])]
+        for number, mlp in enumerate(self.levels):
+            values.append(mlp(torch.cat((state_NLD[:, number], code_NLD[:, number]), dim=-1)))
         return torch.cat(values, dim=1).float()
