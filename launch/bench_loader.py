@@ -165,7 +165,7 @@ def _ours(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path, con
     loader = build_loader(folder, settings, World(), codes, num_heads=4)
     if not full:
         loader = Loader(loader.reader, loader.sampling, World(), _columns_only, settings.prefetch_steps, settings.read_threads,
-                        OUR_COLUMNS)
+                        settings.pack_threads, OUR_COLUMNS)
     steps = iter(loader)  # one iterator over all repetitions: it reads ahead into the next epoch, as in training
 
     def epoch() -> tuple[int, int]:
@@ -178,7 +178,7 @@ def _ours(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path, con
     return epoch
 
 
-def _columns_only(journeys: JourneyColumns, _rows: np.ndarray) -> dict[str, torch.Tensor]:
+def _columns_only(journeys: JourneyColumns, *_: object) -> dict[str, torch.Tensor]:
     """The tensors that every contender delivers."""
     columns = {"offsets": journeys.token_offsets, "num_context": journeys.num_context, **journeys.tokens}
     return {name: torch.from_numpy(values) for name, values in columns.items()}

@@ -59,20 +59,19 @@ class JourneyColumns:
                    {name: (offsets[name], values[name]) for name in _SIDE_COLUMNS if name in values})
 
     @cached_property
-    def _byte_strings(self) -> pa.RecordBatch:
+    def _byte_strings(self) -> dict[str, pa.LargeBinaryArray]:
         """The lists as byte strings: Arrow gathers those with one memcpy per row, not with an index per number."""
         lists = {name: (self.token_offsets, values) for name, values in self.tokens.items()} | self.sides
-        return pa.RecordBatch.from_pydict({
-            name: pa.Array.from_buffers(pa.large_binary(), self.num_rows,
-                                        [None, pa.py_buffer(offsets.astype(np.int64) * values.itemsize), pa.py_buffer(values)])
-            for name, (offsets, values) in lists.items()})
+        return {name: pa.Array.from_buffers(pa.large_binary(), self.num_rows,
+                                            [None, pa.py_buffer(offsets.astype(np.int64) * values.itemsize), pa.py_buffer(values)])
+                for name, (offsets, values) in lists.items()}
 
     def take(self, rows: np.ndarray) -> "JourneyColumns":
         """A copy of these rows (int64 positions) in this order, with the batch's types: int64 and float32."""
-        taken = self._byte_strings.take(pa.array(rows))
+        index = pa.array(rows)
         offsets, values = {}, {}
-        for name, column in zip(taken.schema.names, taken.columns, strict=True):
-            _, ends, content = column.buffers()
+        for name, column in self._byte_strings.items():  # one by one: what was gathered is still in the cache when it is cast
+            _, ends, content = column.take(index).buffers()
             stored = np.frombuffer(content, _DTYPES[name]) if content else np.zeros(0, _DTYPES[name])
             values[name] = stored.astype(np.float32 if stored.dtype.kind == "f" else np.int64, copy=False)
             if name in self.sides or name == "token_type":

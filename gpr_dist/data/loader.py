@@ -1,18 +1,19 @@
 """The streaming loader: endless steps of packed micro-batches for one rank, prefetched, resumable from a handful of integers.
 
 Puts the other files together: `sampler.py` says which rows, `reader.py` fetches their record batches, `collate.py` packs them. A
-rank holds the rows of its streams for one window at a time, and loads the next window meanwhile.
+rank holds the rows of its streams for one window at a time, and loads the next window meanwhile; steps are packed in threads, several
+at a time, and handed out in order.
 """
 
 import itertools
 import math
-import queue
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -53,7 +54,9 @@ class LoaderConfig(Config):
     on_corrupt: Literal["stop", "skip"] = "stop"
     """a damaged record batch stops the run, or is skipped, logged and counted"""
     prefetch_steps: int = Field(default=2, ge=0)
-    """steps prepared ahead in a background thread; 0 = none and no thread"""
+    """steps prepared ahead in background threads; 0 = none, packed when asked for"""
+    pack_threads: int = Field(default=2, ge=1)
+    """steps packed at a time, each by one thread; the batches are the same for any number"""
     read_threads: int = Field(default=8, ge=1)
     """record batches fetched at a time, for remote shards"""
     cache_dir: str | None = None
@@ -73,10 +76,10 @@ class Loader:
     """Iterate for `Step`s, endlessly over epochs. `state_dict` always describes the next step the consumer will get."""
 
     def __init__(self, reader: ShardReader, sampling: Sampling, world: World, make_batch: MakeBatch, prefetch_steps: int,
-                 read_threads: int, columns: Sequence[str] = USED_COLUMNS) -> None:
-        """Args: columns: those of JOURNEY_SCHEMA that `make_batch` needs."""
+                 read_threads: int, pack_threads: int, columns: Sequence[str] = USED_COLUMNS) -> None:
+        """Args: make_batch: called from several threads; columns: those of JOURNEY_SCHEMA that it needs."""
         self.reader, self.sampling, self.world, self._make_batch = reader, sampling, world, make_batch
-        self._prefetch_steps, self._read_threads, self._columns = prefetch_steps, read_threads, columns
+        self._prefetch_steps, self._read_threads, self._pack_threads, self._columns = prefetch_steps, read_threads, pack_threads, columns
         self._epoch = self._step = 0
 
     @property
@@ -99,7 +102,7 @@ class Loader:
         self._epoch, self._step = int(state["epoch"]), int(state["step"])
 
     def __iter__(self) -> Iterator[Step]:
-        for step in prefetch(self._steps(self._epoch, self._step), self._prefetch_steps):
+        for step in in_order(self._tasks(self._epoch, self._step), self._pack_threads, self._prefetch_steps):
             last = step.step_in_epoch + 1 == self.steps_per_epoch
             self._epoch, self._step = (step.epoch + 1, 0) if last else (step.epoch, step.step_in_epoch + 1)
             yield step
@@ -109,33 +112,38 @@ class Loader:
         return {"fingerprint": self.reader.manifest.fingerprint, "seed": s.seed, "global_batch_size": s.global_batch_size,
                 "num_streams": s.num_streams, "window_rows": s.window_rows, "quadratic_at": s.quadratic_at}
 
-    def _steps(self, epoch: int, first_step: int) -> Iterator[Step]:
+    def _tasks(self, epoch: int, first_step: int) -> Generator[Callable[[], Step]]:
+        """What makes each step; may be called from several threads, and waits for its window."""
         with ThreadPoolExecutor(1, "window") as ahead, ThreadPoolExecutor(self._read_threads, "read") as readers:
-            for at_epoch, step, packed_steps, held in self._windows(epoch, first_step, ahead, readers):
-                for number, packed in enumerate(packed_steps, step):
-                    yield Step(at_epoch, number, [self._make_batch(journeys, rows) for rows, journeys in held.take(packed)])
+            for plan, steps, window in self._windows(epoch, first_step, ahead, readers):
+                for place, step in enumerate(steps):
+                    yield partial(self._make_step, plan.epoch, step, window, place)
 
-    def _windows(self, epoch: int, first_step: int, ahead: ThreadPoolExecutor, readers: ThreadPoolExecutor) -> Iterator[tuple]:
-        """(epoch, first step, micro-batches of each step, this rank's rows) of windows, each loaded while the one before is used."""
+    def _make_step(self, epoch: int, step: int, window: Future, place: int) -> Step:
+        packed_steps, held = window.result()
+        return Step(epoch, step, [self._make_batch(journeys, rows) for rows, journeys in held.take(packed_steps[place])])
+
+    def _windows(self, epoch: int, first_step: int, ahead: ThreadPoolExecutor, readers: ThreadPoolExecutor,
+                 ) -> Iterator[tuple[EpochPlan, range, Future]]:
+        """(epoch, its steps, micro-batches of each and this rank's rows) of windows, each loaded while the one before is used."""
         kept: dict[int, pa.RecordBatch] = {}
         sampling = self.sampling
 
-        def load(plan: EpochPlan, number: int) -> tuple:
+        def load(plan: EpochPlan, number: int, done: int) -> tuple[list[list[np.ndarray]], HeldRows]:
             rows_SCg, tokens_SCg = plan.window(number)
-            start = number * plan.steps_per_window
-            done = max(0, first_step - start) if plan.epoch == epoch else 0
             packed = pack_steps(rows_SCg[done:], tokens_SCg[done:], self.world, sampling.micro_batch_tokens, sampling.quadratic_at)
             mine = rows_SCg[:, owned_streams(sampling.num_streams, self.world)]
-            return plan.epoch, start + done, packed, HeldRows.load(self.reader, np.sort(mine[mine >= 0]), self._columns, readers, kept)
+            return packed, HeldRows.load(self.reader, np.sort(mine[mine >= 0]), self._columns, readers, kept)
 
-        pending: Future | None = None
+        pending: tuple | None = None
         for current in itertools.count(epoch):
             plan = EpochPlan(sampling, self.reader.first_row, self.reader.num_rows, self.reader.num_tokens, current)
-            first = first_step // plan.steps_per_window if current == epoch else 0
-            for number in range(first, plan.num_windows):
-                following = ahead.submit(load, plan, number)
+            first = first_step if current == epoch else 0
+            for start in range(first - first % plan.steps_per_window, plan.num_steps, plan.steps_per_window):
+                steps = range(max(first, start), min(start + plan.steps_per_window, plan.num_steps))
+                following = plan, steps, ahead.submit(load, plan, start // plan.steps_per_window, steps.start - start)
                 if pending is not None:
-                    yield pending.result()
+                    yield pending
                 pending = following
 
 
@@ -206,15 +214,14 @@ class OnePass:
         return -(-(len(self._bounds) - 1) // self.world.size)
 
     def __iter__(self) -> Iterator[Batch]:
-        return prefetch(self._batches(), self._prefetch_batches)
+        kept: dict[int, pa.RecordBatch] = {}  # goes from batch to batch, so one thread makes them
+        numbers = range(self.world.rank * len(self), (self.world.rank + 1) * len(self))
+        return in_order((partial(self._batch, number, kept) for number in numbers), 1, self._prefetch_batches)
 
-    def _batches(self) -> Iterator[Batch]:
-        kept: dict[int, pa.RecordBatch] = {}
-        for number in range(self.world.rank * len(self), (self.world.rank + 1) * len(self)):
-            first, last = self._bounds[np.minimum([number, number + 1], len(self._bounds) - 1)]
-            rows = np.arange(first, last)
-            [(rows, journeys)] = HeldRows.load(self.reader, rows, kept=kept).take([rows])
-            yield self._make_batch(journeys, rows)
+    def _batch(self, number: int, kept: dict[int, pa.RecordBatch]) -> Batch:
+        first, last = self._bounds[np.minimum([number, number + 1], len(self._bounds) - 1)]
+        [(rows, journeys)] = HeldRows.load(self.reader, np.arange(first, last), kept=kept).take([np.arange(first, last)])
+        return self._make_batch(journeys, rows)
 
 
 def build_loader(folder: str | Path, config: LoaderConfig, world: World, codes_ML: np.ndarray, num_heads: int,
@@ -232,7 +239,7 @@ def build_loader(folder: str | Path, config: LoaderConfig, world: World, codes_M
         raise DataError(f"{folder} has no journeys; check the time cut-offs of the build")
     _check_codes(reader, codes_ML)
     make_batch = _batch_maker(reader, codes_ML, num_heads, legal, knowledge, config, counted=True)
-    return Loader(reader, sampling, world, make_batch, config.prefetch_steps, config.read_threads)
+    return Loader(reader, sampling, world, make_batch, config.prefetch_steps, config.read_threads, config.pack_threads)
 
 
 def iter_once(folder: str | Path, config: LoaderConfig, world: World, codes_ML: np.ndarray, num_heads: int,
@@ -258,45 +265,26 @@ def _batch_maker(reader: ShardReader, codes_ML: np.ndarray, num_heads: int, lega
     return make
 
 
-def prefetch(items: Iterable[T], depth: int) -> Iterator[T]:
-    """Yield `items`, computed up to `depth` ahead in a background thread; an exception there is raised here, unchanged."""
+def in_order(tasks: Generator[Callable[[], T]], num_threads: int, depth: int) -> Iterator[T]:
+    """Yield what the tasks return, in their order, while threads work on the next `depth` of them; 0 = none ahead and no thread.
+
+    An exception of a task is raised here, unchanged, where its result would have come. However this ends, no thread is left.
+    """
     if depth == 0:
-        yield from items
+        yield from (task() for task in tasks)
         return
-    ready: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
-    stop = threading.Event()
-
-    def put(kind: str, value: Any) -> bool:
-        while not stop.is_set():
-            try:
-                ready.put((kind, value), timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for item in items:
-                if not put("item", item):
-                    return
-            put("end", None)
-        except BaseException as error:
-            put("error", error)
-
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
+    pool = ThreadPoolExecutor(num_threads, "pack")
+    running = deque(pool.submit(task) for task in itertools.islice(tasks, depth))
     try:
-        while True:
-            kind, value = ready.get()
-            if kind == "end":
-                return
-            if kind == "error":
-                raise value
-            yield value
+        while running:
+            first = running.popleft()
+            running.extend(pool.submit(task) for task in itertools.islice(tasks, 1))
+            yield first.result()
     finally:
-        stop.set()
-        thread.join()
+        for task in running:
+            task.cancel()
+        pool.shutdown()
+        tasks.close()
 
 
 def _check_codes(reader: ShardReader, codes_ML: np.ndarray) -> None:

@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import threading
+import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 from journeys_fixture import NUM_ITEMS, random_journeys, write_split
 
 from data_pipeline.shards import ShardConfig
-from gpr_dist.data.loader import LoaderConfig, build_loader, iter_once, prefetch
+from gpr_dist.data.loader import LoaderConfig, build_loader, in_order, iter_once
 from gpr_dist.data.sampler import World
 from gpr_dist.errors import DataError
 from gpr_dist.schema import Batch
@@ -119,10 +121,13 @@ def test_resume_on_the_same_ranks_is_bit_identical(folder):
         assert all(equal(x, y) for x, y in zip(a.micro_batches, b.micro_batches, strict=True))
 
 
-def test_prefetch_and_threads_change_nothing(folder):
+@pytest.mark.parametrize("pack_threads,prefetch_steps", [(1, 1), (1, 4), (4, 1), (4, 6)])
+def test_prefetch_and_threads_change_nothing(folder, pack_threads, prefetch_steps):
     plain = build_loader(folder, CONFIG.model_copy(update={"prefetch_steps": 0, "read_threads": 1}), World(), CODES, 4)
-    ahead = build_loader(folder, CONFIG.model_copy(update={"prefetch_steps": 4}), World(), CODES, 4)
-    for a, b in itertools.islice(zip(plain, ahead, strict=False), 20):
+    ahead = CONFIG.model_copy(update={"prefetch_steps": prefetch_steps, "pack_threads": pack_threads})
+    ahead = build_loader(folder, ahead, World(), CODES, 4)
+    for a, b in itertools.islice(zip(plain, ahead, strict=False), 40):
+        assert (a.epoch, a.step_in_epoch) == (b.epoch, b.step_in_epoch)
         assert all(equal(x, y) for x, y in zip(a.micro_batches, b.micro_batches, strict=True))
         assert plain.state_dict() == ahead.state_dict()
 
@@ -205,16 +210,55 @@ def test_codes_of_another_catalogue_are_refused(folder):
         build_loader(folder, CONFIG, World(), CODES[:7], 4)
 
 
-def test_prefetch_passes_exceptions_on_and_stops_its_thread():
-    def items():
-        yield 1
-        raise DataError("part-3 is gone")
+def threads_named(name):
+    return [thread for thread in threading.enumerate() if thread.name.startswith(name)]
 
-    received = prefetch(items(), 2)
-    assert next(received) == 1
-    with pytest.raises(DataError, match="part-3 is gone"):
-        next(received)
-    endless = prefetch(itertools.count(), 3)
-    assert [next(endless) for _ in range(5)] == [0, 1, 2, 3, 4]
-    endless.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+def test_a_loader_that_is_left_leaves_no_thread(folder):
+    steps = iter(build_loader(folder, CONFIG, World(), CODES, 4))
+    next(steps)
+    assert threads_named("pack") and threads_named("window")
+    steps.close()
+    assert not any(threads_named(name) for name in ("pack", "window", "read"))
+
+
+def test_tasks_run_together_and_their_results_come_in_order():
+    together = threading.Barrier(3, timeout=60)  # passed only when three tasks run at the same time
+    finished = []
+
+    def task(number):
+        together.wait()
+        if number % 3 == 0:
+            while len(finished) < number + 2:  # the first of three finishes last
+                time.sleep(0.001)
+        finished.append(number)
+        return number
+
+    assert list(in_order((partial(task, number) for number in range(9)), 3, 3)) == list(range(9))
+    assert [number % 3 for number in finished[2::3]] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_no_more_tasks_are_started_than_asked_for(depth):
+    started = []
+    results = in_order((partial(started.append, number) for number in itertools.count()), 8, depth)
+    for taken in range(1, 20):
+        next(results)
+        assert len(started) <= taken + depth
+    results.close()
+
+
+@pytest.mark.parametrize("depth", [0, 1, 4])
+def test_an_exception_comes_in_its_place_and_ends_all_threads(depth):
+    def task(number):
+        if number in (2, 3):
+            raise DataError(f"part-{number} is gone")
+        return number
+
+    results = in_order((partial(task, number) for number in itertools.count()), 4, depth)
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(DataError, match="part-2 is gone"):
+        next(results)
+    assert not threads_named("pack")
+    with pytest.raises(StopIteration):
+        next(results)
