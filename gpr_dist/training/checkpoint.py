@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,41 @@ def iter_weights(folder: Path) -> Any:
         whole = torch.empty(math.prod(shape))
         read_range(whole, 0, whole.numel(), ranges.get(name, []), files, folder, name, "param")
         yield name, whole.view(shape)
+
+
+def open_weights(folder: Path, mapped_bytes: int = 1 << 28) -> tuple[dict[str, list[int]], Callable[[str, int, int], torch.Tensor]]:
+    """To stream the weights out of a checkpoint of any world size, e.g. into a bundle.
+
+    Args: mapped_bytes: the ranks' files are closed whenever this much was read, so that their pages do not add up in memory.
+    Returns: (shape of every parameter, function (name, lo, hi) -> float32 [hi - lo] of the flat parameter).
+    """
+    ranges, shapes = read_manifest(folder)["ranges"], read_state(folder)["shapes"]
+    files: dict[str, Any] = {}
+    num_read = 0
+
+    def read(name: str, lo: int, hi: int) -> torch.Tensor:
+        nonlocal num_read
+        num_read += 4 * (hi - lo)
+        if num_read > mapped_bytes:
+            files.clear()
+            num_read = 0
+        piece = torch.empty(hi - lo)
+        read_range(piece, lo, hi, ranges.get(name, []), files, folder, name, "param")
+        return piece
+
+    return shapes, read
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A step folder as given, or the newest intact one of a run folder. Raises: CheckpointError."""
+    is_step = STEP_FOLDER.fullmatch(path.name)
+    for folder in [path] if is_step else reversed(list_steps(path)):
+        problem = verify(folder)
+        if problem is None:
+            return folder
+        if is_step:
+            raise CheckpointError(f"{path}: {problem}")
+    raise CheckpointError(f"{path} has no complete checkpoint; train first, or give a step folder")
 
 
 def _write_rank_file(engine: Engine, folder: Path) -> None:

@@ -1,0 +1,62 @@
+"""What a bundle says about requests and about the search: the feature schema, the journey's limits, and the decoding that was evaluated."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from gpr_dist.config import Config
+from gpr_dist.decoding.beam_search import Softmax
+from gpr_dist.hashing import TIME_FEATURES
+
+
+class RequestSettings(Config):
+    """How a raw request becomes the tokens that training made of the same events."""
+
+    user_features: tuple[str, ...]
+    """categorical fields of a U token, in the model's order; hashed with their name (gpr_dist/hashing.py: feature_id)"""
+    env_features: tuple[str, ...]
+    """categorical fields of an E token"""
+    num_event_user_features: int = Field(0, ge=0)
+    """how many of the user features, the last ones, come with every event of the log rather than from a users table"""
+    time_features: tuple[Literal[*TIME_FEATURES], ...] = ()
+    """env features that are made from the request's time where the request leaves them out"""
+    user_tokens: Literal["row", "block", "none"]
+    """one U token at the start of the journey, of each request, or none"""
+    env_tokens: bool
+    """an E token in every request"""
+    max_tokens: int = Field(ge=4)
+    """most tokens of a journey that the model reads"""
+    context_tokens: int = Field(ge=0)
+    """most tokens of history before the request's own"""
+    max_organic_per_block: int = Field(ge=0)
+    """organic events kept before one request, the most recent ones"""
+    num_knowledge_vectors: int = Field(0, ge=0)
+    """vectors m of external knowledge a request may carry; 0 = the model reads none"""
+    knowledge_width: int = Field(0, ge=0)
+    """their width E"""
+
+    @model_validator(mode="after")
+    def _check(self) -> "RequestSettings":
+        if self.max_organic_per_block + 3 > self.max_tokens:
+            raise ValueError(f"max_organic_per_block={self.max_organic_per_block} leaves no room in max_tokens={self.max_tokens}")
+        return self
+
+
+class SearchSettings(Config):
+    """How the evaluated numbers were made."""
+
+    softmax: Softmax
+    """codes the search's softmax runs over, as in training"""
+    beam_width: int = Field(128, ge=1)
+    """prefixes kept per level, and the most ads an answer can have"""
+    head: int = Field(0, ge=0)
+    """MTP head that generates; 0 = the next ad"""
+
+
+class BundleSettings(Config):
+    """The `settings` of bundle.json."""
+
+    requests: RequestSettings
+    search: SearchSettings
+    num_items: int
+    catalogue_fingerprint: str

@@ -1,0 +1,210 @@
+"""Make a hand-off bundle from a checkpoint of any world size: `python launch/export.py checkpoint=runs/quickstart out=bundle`.
+
+The bundle is one folder that answers requests with torch alone (launch/recommend.py), and that further jobs start from (init_from=).
+Weights go from the ranks' files into it piece by piece. Only the calibration of the value head needs the whole model in memory; for a
+model that does not fit there, calibration_rows=0 leaves it out.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from data_pipeline.build import BuildConfig
+from data_pipeline.journeys import JourneyConfig
+from gpr_dist.bundle import new_bundle, seal
+from gpr_dist.config import Config, build_config, load_config, parse_cli
+from gpr_dist.data.counts import count_ads
+from gpr_dist.data.loader import LoaderConfig, iter_once
+from gpr_dist.data.reader import ShardReader
+from gpr_dist.data.sampler import World
+from gpr_dist.errors import ConfigError, DataError, run_cli
+from gpr_dist.evaluation.baselines import BaselineConfig, popularity
+from gpr_dist.evaluation.validate import ValidationConfig, has_targets, open_journeys
+from gpr_dist.evaluation.values import calibrate, predict_values
+from gpr_dist.job import DataConfig, split_shards, tokenizer_folder
+from gpr_dist.model.gpr import GPR, GPRConfig
+from gpr_dist.schema import ShardManifest, TokenType
+from gpr_dist.serving.card import write_card
+from gpr_dist.serving.export import (
+    WeightType,
+    copy_catalogue,
+    copy_tokenizer,
+    find_time_features,
+    save_calibration,
+    save_item_weight,
+    write_weights,
+)
+from gpr_dist.serving.settings import BundleSettings, RequestSettings, SearchSettings
+from gpr_dist.tokenizer.semantic_ids import SemanticIds
+from gpr_dist.training import checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+SPLITS = ("train", "validation", "test")
+
+
+class ExportConfig(Config):
+    """What goes into the bundle."""
+
+    checkpoint: Path = Path("runs/quickstart")
+    """run folder (its newest intact checkpoint) or one step folder"""
+    out: Path
+    """folder of the bundle; must not exist"""
+    dtype: WeightType = "float32"
+    """of the stored weights; bfloat16 halves the file, and answers are no longer bit for bit the checkpoint's"""
+    data: Path | None = None
+    """data set whose catalogue, eligibility and popularity are handed off; none = the one the run was trained on"""
+    tokenizer: Path | None = None
+    """tokenizer bundle; none = the run's"""
+    build: Path | None = None
+    """config of launch/build_data.py the data were made with; none = what the data set says of itself, else the run's data.build"""
+    popularity_before: Literal["validation", "test"] | None = None
+    """item weights are the popularity of everything before this split, as launch/evaluate.py takes them, so that its report holds for the
+    bundle; none = the last split there is, and counts of the training ads where there is no other"""
+    item_weight: Path | None = None
+    """.npy of item weights given instead, float [items]: any non-negative popularity"""
+    baselines: BaselineConfig = BaselineConfig()
+    """weights of recent and organic events in that popularity"""
+    beam_width: int = Field(ValidationConfig().beam_width, ge=1)
+    """prefixes kept per level, and the most ads an answer can have"""
+    calibration_rows: int | None = Field(4096, ge=0)
+    """journeys of the validation split that the value head is calibrated on; none = all; 0 = no calibration, and no values in answers"""
+    license: str = "not stated; ask the team that trained this model"
+    """line of the model card"""
+    note: str = ""
+    """further text of the model card"""
+
+
+def main() -> int:
+    config, args = parse_cli(ExportConfig, __doc__)
+    folder = checkpoint.find_checkpoint(config.checkpoint)
+    state = checkpoint.read_state(folder)
+    trained = build_config(DataConfig, state["config"]["data"], f"{folder}/state.json")
+    data = trained if config.data is None else trained.model_copy(update={"folder": config.data, "shards": None})
+    semantic_ids = SemanticIds.load(config.tokenizer or tokenizer_folder(trained))
+    semantic_ids.check_codebooks(state["fingerprints"]["tokenizer"], str(folder))
+    manifest = ShardReader(split_shards(data)["train"], cache_dir=data.loader.cache_dir).manifest
+    semantic_ids.check_catalogue(manifest.catalogue_fingerprint, split_shards(data)["train"])
+    model = build_config(GPRConfig, state["config"]["model"], f"{folder}/state.json")
+    settings = describe(config, data, manifest, model, trained)
+    if args.dry_run:
+        print(f"would export {folder} with the catalogue of {data.folder} ({manifest.num_items:,} items) to {config.out}\n"
+              f"{settings.model_dump_json(indent=1)}")
+        return 0
+
+    with new_bundle(config.out) as staging:
+        shapes, read = checkpoint.open_weights(folder)
+        num_weights = write_weights(staging, shapes, read, config.dtype)
+        copy_tokenizer(semantic_ids, staging / "tokenizer")
+        copy_catalogue(data.folder, staging)
+        save_item_weight(item_weights(config, data, semantic_ids.num_items), semantic_ids.num_items, staging)
+        curves = calibration(config, data, folder, model, semantic_ids)
+        save_calibration(curves, staging)
+        source = {"checkpoint": str(folder.name), "run": folder.resolve().parent.name, "step": state["step"],
+                  "world_size": state["world_size"], "dtype": config.dtype}
+        fingerprints = state["fingerprints"] | {"catalogue": manifest.catalogue_fingerprint}
+        write_card(staging, settings, source, fingerprints, model, num_weights, data_facts(data), reports(folder), config.license,
+                   config.note, is_calibrated=bool(curves))
+        seal(staging, fingerprints=fingerprints, source=source, model=model.model_dump(mode="json"),
+             settings=settings.model_dump(mode="json"))
+    print(f"{config.out}: {num_weights:,} weights of {folder} in {config.dtype}, {semantic_ids.num_items:,} items\n"
+          f"try it: python launch/recommend.py bundle={config.out} requests=requests.jsonl", flush=True)
+    return 0
+
+
+def describe(config: ExportConfig, data: DataConfig, manifest: ShardManifest, model: GPRConfig, trained: DataConfig) -> BundleSettings:
+    """How requests become tokens, and how they are searched. Raises: DataError when the shards say otherwise than the build's config."""
+    journeys, num_profile = journey_settings(config, data)
+    reader = ShardReader(split_shards(data)["train"], cache_dir=data.loader.cache_dir)
+    first = reader.read_batch(0)
+    tokens = {kind: bool((first.column("token_type").flatten().to_numpy() == kind).any()) for kind in (TokenType.U, TokenType.E)}
+    user_tokens = journeys.user_tokens if manifest.user_features else "none"
+    env_tokens = journeys.env_tokens and bool(manifest.env_features)
+    longest = int(reader.num_tokens.max(initial=0))
+    if tokens[TokenType.U] != (user_tokens != "none") or tokens[TokenType.E] != env_tokens or longest > journeys.max_tokens:
+        raise DataError(f"{reader.folder} was not built with these journeys settings: user_tokens={user_tokens}, env_tokens={env_tokens}, "
+                        f"max_tokens={journeys.max_tokens}; found U {tokens[TokenType.U]}, E {tokens[TokenType.E]}, up to {longest} "
+                        "tokens a row; give the config of launch/build_data.py as build=…")
+    requests = RequestSettings(
+        user_features=manifest.user_features, env_features=manifest.env_features,
+        num_event_user_features=len(manifest.user_features) - num_profile if num_profile is not None else 0,
+        time_features=find_time_features(manifest.env_features, first) if env_tokens else (),
+        user_tokens=user_tokens, env_tokens=env_tokens, max_tokens=journeys.max_tokens, context_tokens=journeys.max_tokens,
+        max_organic_per_block=journeys.max_organic_per_block, num_knowledge_vectors=model.knowledge.num_vectors,
+        knowledge_width=model.knowledge.width)
+    search = SearchSettings(softmax=trained.softmax, beam_width=config.beam_width)
+    return BundleSettings(requests=requests, search=search, num_items=manifest.num_items,
+                          catalogue_fingerprint=manifest.catalogue_fingerprint)
+
+
+def journey_settings(config: ExportConfig, data: DataConfig) -> tuple[JourneyConfig, int | None]:
+    """The journeys settings of the build, and how many user features come from a users table (none = not said)."""
+    path = data.folder / "build.json"
+    summary = json.loads(path.read_text()) if path.exists() else {}
+    if config.build is None and "journeys" in summary:
+        return build_config(JourneyConfig, summary["journeys"], str(path)), summary["num_profile_features"]
+    file = config.build or data.build
+    if file is None:
+        raise ConfigError(f"{path} does not tell how journeys were cut; give the config of launch/build_data.py as build=…")
+    file = file if file.exists() else ROOT / file
+    return load_config(BuildConfig, file).journeys, None
+
+
+def item_weights(config: ExportConfig, data: DataConfig, num_items: int) -> np.ndarray:
+    """What splits a leaf among its items, and the prior of the search; float [items]."""
+    if config.item_weight is not None:
+        try:
+            return np.load(config.item_weight, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise DataError(f"item_weight {config.item_weight} cannot be read as .npy ({error})") from None
+    shards = split_shards(data)
+    held_out = [split for split in ("test", "validation") if has_targets(Path(shards[split]))]
+    evaluated = config.popularity_before or next(iter(held_out), None)
+    if evaluated is None:
+        return count_ads(ShardReader(shards["train"], cache_dir=data.loader.cache_dir), World(0, 1), num_items)
+    read = {split: shards[split] for split in SPLITS[: SPLITS.index(evaluated) + 1]}
+    return popularity(open_journeys(read, evaluated), num_items, config.baselines)
+
+
+@torch.no_grad()
+def calibration(config: ExportConfig, data: DataConfig, folder: Path, model: GPRConfig,
+                semantic_ids: SemanticIds) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Curves of V_0 … V_L fitted on the validation split; none where there is none, or it logs no values."""
+    shards = split_shards(data)["validation"]
+    if config.calibration_rows == 0 or not has_targets(Path(shards)):
+        return []
+    network = GPR(model)
+    for name, weight in checkpoint.iter_weights(folder):
+        network.get_parameter(name).copy_(weight)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batches = iter_once(shards, LoaderConfig(micro_batch_tokens=16384), World(0, 1), semantic_ids.codes_NL, model.num_mtp_heads,
+                        config.calibration_rows, knowledge=data.knowledge)
+    return [(curve.predicted_Q, curve.value_Q) for curve in calibrate(predict_values(network.eval().to(device), batches, device))]
+
+
+def data_facts(data: DataConfig) -> list[dict[str, Any]]:
+    """Rows, targets and time span of every split there is."""
+    facts = []
+    for split, shards in split_shards(data).items():
+        if "://" in str(shards) or (Path(shards) / "manifest.json").exists():
+            manifest = ShardReader(shards, cache_dir=data.loader.cache_dir).manifest
+            facts.append({"split": split, "rows": manifest.num_rows, "tokens": manifest.num_tokens, "targets": manifest.num_targets,
+                          "first": manifest.first_timestamp, "last": manifest.last_timestamp, "fingerprint": manifest.fingerprint})
+    return facts
+
+
+def reports(folder: Path) -> list[dict[str, Any]]:
+    """Evaluation reports of exactly this checkpoint, found beside it."""
+    found = []
+    for path in sorted(folder.parent.glob("evaluation-*.json")):
+        report = json.loads(path.read_text())
+        if Path(report.get("checkpoint", "")).name == folder.name:
+            found.append(report | {"file": path.name})
+    return found
+
+
+if __name__ == "__main__":
+    run_cli(main)
