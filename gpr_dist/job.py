@@ -5,7 +5,7 @@ launch/pretrain.py runs it, launch/plan.py only looks at it.
 
 from pathlib import Path
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from gpr_dist.config import Config
 from gpr_dist.data.loader import LoaderConfig
@@ -74,6 +74,8 @@ class PretrainConfig(Config):
     """weights of the MTP heads in the loss (Eq. 3), adding up to 1; none = uniform"""
     value_loss_weight: float = 0.1
     """weight of the value regression beside the MTP loss"""
+    item_loss_weight: float = Field(1.0, ge=0)
+    """weight of the item head's softmax beside the MTP loss; counts only with model.items"""
     validation: ValidationConfig = ValidationConfig(max_rows=128)
     """quality during training"""
     tracker: TrackerConfig = TrackerConfig()
@@ -99,6 +101,7 @@ def resolve(config: PretrainConfig) -> tuple[PretrainConfig, SemanticIds, dict[s
     model = config.model.model_copy(update={"num_levels": semantic_ids.num_levels, "codebook_size": semantic_ids.codebook_size,
                                             "num_user_features": len(manifest.user_features),
                                             "num_env_features": len(manifest.env_features)})
+    model = model.model_copy(update={"items": model.items.model_copy(update={"num_items": semantic_ids.num_items})})
     fingerprints = {"tokenizer": semantic_ids.codebook_fingerprint, "data": manifest.fingerprint}
     if config.data.knowledge is not None:
         knowledge = KnowledgeManifest.load(config.data.knowledge)

@@ -196,6 +196,21 @@ class KnowledgeManifest(Config):
             raise DataError(f"{path} cannot be read ({error}); make it with launch/build_knowledge.py") from None
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """What the item head's softmax runs over in one batch (gpr_dist/data/candidates.py)."""
+
+    item_C: Tensor  # int64 catalogue indices, ascending
+    codes_CL: Tensor  # int64
+    offset_C: Tensor | None = None  # float32, added to the scores: log q correction; -inf = only as the target of its own request
+    legal_GC: Tensor | None = None  # bool, which candidates each eligibility group of the batch allows
+    group_R: Tensor | None = None  # int64 into G, of each request
+
+    def to(self, device: torch.device | str) -> "Candidates":
+        """A copy on `device`."""
+        return Candidates(*(None if x is None else x.to(device, non_blocking=True) for x in vars(self).values()))
+
+
 @dataclass
 class Batch:
     """One micro-batch: B journey segments packed end to end, without padding. All tensors; codes are -1 where there is no item."""
@@ -225,6 +240,9 @@ class Batch:
     target_pctr_N: Tensor  # float32
     target_pcvr_N: Tensor  # float32
     target_offset_NLV: Tensor | None = None  # float32, added to the logits; -inf = not legal (gpr_dist/data/legal.py); None = all codes
+    target_column_N: Tensor | None = None  # int64 into candidates
+    candidates: Candidates | None = None  # of the item head; None = the model has none
+    noise_T: Tensor | None = None  # int64 key of each token and step for dropout; None = not for training
     knowledge_BmE: Tensor | None = None  # float32 [B, m, E], external knowledge of each row's user, 0 = none; None = the shards have none
 
     @property

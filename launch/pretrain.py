@@ -15,6 +15,7 @@ import torch
 from data_pipeline.build import BuildConfig, build_data
 from data_pipeline.tokenize_items import FitTokenizerConfig, build_tokenizer
 from gpr_dist.config import load_config, parse_cli, to_yaml
+from gpr_dist.data.candidates import ItemCandidates
 from gpr_dist.data.counts import count_ads
 from gpr_dist.data.eligibility import Eligibility
 from gpr_dist.data.legal import LegalCodes
@@ -84,13 +85,14 @@ def main() -> int:
 
     torch.manual_seed(config.run.seed)
     engine = Engine(GPR(config.model), config.engine)
-    torch.manual_seed(config.run.seed * 1_000_003 + rank)  # dropout differs between ranks
     eligibility = Eligibility.load(config.data.folder)
     legal = open_legal_codes(engine, config, semantic_ids, eligibility)
+    candidates = open_item_candidates(engine, config, semantic_ids, eligibility)
     loader = build_loader(train_shards(config.data), config.data.loader, World(rank, world_size), semantic_ids.codes_NL,
-                          config.model.num_mtp_heads, legal, config.data.knowledge)
-    objective = mtp_objective(config.model.num_mtp_heads, config.value_loss_weight, config.head_weights)
-    validate = open_validation(engine, config, semantic_ids, eligibility, objective, legal)
+                          config.model.num_mtp_heads, legal, config.data.knowledge, candidates)
+    objective = mtp_objective(config.model.num_mtp_heads, config.value_loss_weight, config.head_weights,
+                              item_loss_weight=config.item_loss_weight)
+    validate = open_validation(engine, config, semantic_ids, eligibility, objective, legal, candidates)
 
     restored = checkpoint.load_latest(engine, run, fingerprints)
     progress = Progress(**restored.state["progress"]) if restored else Progress()
@@ -123,16 +125,28 @@ def open_legal_codes(engine: Engine, config: PretrainConfig, semantic_ids: Seman
     """What the training softmax runs over; the prior's counts are taken from the training split, each rank its share (collective)."""
     if config.data.softmax == "all":
         return None
-    counts = None
-    if config.data.softmax == "prior":
-        reader = ShardReader(train_shards(config.data), cache_dir=config.data.loader.cache_dir)
-        mine = count_ads(reader, World(engine.rank, engine.world_size), semantic_ids.num_items)
-        counts = engine.all_reduce(torch.from_numpy(mine)).cpu().numpy()
+    counts = count_training_ads(engine, config, semantic_ids) if config.data.softmax == "prior" else None
     return LegalCodes(semantic_ids.codes_NL, semantic_ids.codebook_size, eligibility, counts)
 
 
+def open_item_candidates(engine: Engine, config: PretrainConfig, semantic_ids: SemanticIds,
+                         eligibility: Eligibility) -> ItemCandidates | None:
+    """What the item head's softmax runs over; none without an item head (collective)."""
+    if not config.model.items.has_head:
+        return None
+    counts = count_training_ads(engine, config, semantic_ids)
+    return ItemCandidates(semantic_ids.codes_NL, eligibility, config.model.items, counts, config.run.seed)
+
+
+def count_training_ads(engine: Engine, config: PretrainConfig, semantic_ids: SemanticIds) -> np.ndarray:
+    """How often each item is a training target, each rank counting its share (collective)."""
+    reader = ShardReader(train_shards(config.data), cache_dir=config.data.loader.cache_dir)
+    mine = count_ads(reader, World(engine.rank, engine.world_size), semantic_ids.num_items)
+    return engine.all_reduce(torch.from_numpy(mine)).cpu().numpy()
+
+
 def open_validation(engine: Engine, config: PretrainConfig, semantic_ids: SemanticIds, eligibility: Eligibility, objective: Objective,
-                    legal: LegalCodes | None) -> Callable[[], dict[str, float]] | None:
+                    legal: LegalCodes | None, candidates: ItemCandidates | None) -> Callable[[], dict[str, float]] | None:
     """What `fit` calls to validate; none without a validation split. Rank 0 counts popularity, the others read its file (collective)."""
     shards = split_shards(config.data)
     if not has_targets(Path(shards["validation"])):
@@ -142,7 +156,7 @@ def open_validation(engine: Engine, config: PretrainConfig, semantic_ids: Semant
     together(lambda: save_popularity(path, earlier, semantic_ids.num_items, config.validation.baselines), only_if=engine.rank == 0)
     catalogue = open_catalogue(semantic_ids, eligibility, np.load(path, allow_pickle=False), engine.device)
     return build_validation(engine, shards["validation"], catalogue, objective, config.validation, config.data.loader,
-                            config.model.num_mtp_heads, legal, config.data.softmax, config.data.knowledge)
+                            config.model.num_mtp_heads, legal, config.data.softmax, config.data.knowledge, candidates)
 
 
 def dry_run(config: PretrainConfig) -> int:

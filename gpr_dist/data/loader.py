@@ -17,20 +17,23 @@ from typing import Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import torch
 from pydantic import Field
 
 from gpr_dist.config import Config
+from gpr_dist.data.candidates import ItemCandidates
 from gpr_dist.data.collate import JourneyColumns, collate
 from gpr_dist.data.knowledge import KnowledgeVectors
 from gpr_dist.data.legal import LegalCodes
 from gpr_dist.data.reader import ShardReader
 from gpr_dist.data.sampler import EpochPlan, Sampling, World, build_sampling, owned_streams, pack_in_order, pack_steps
 from gpr_dist.errors import DataError
+from gpr_dist.ops.noise import row_keys
 from gpr_dist.schema import JOURNEY_SCHEMA, Batch
 
 T = TypeVar("T")
-MakeBatch = Callable[[JourneyColumns, np.ndarray], Batch]
-"""From the journeys of a micro-batch and their global row numbers to the micro-batch."""
+MakeBatch = Callable[[JourneyColumns, np.ndarray, int | None], Batch]
+"""From the journeys of a micro-batch, their global row numbers and the number of the step (none = not for training) to the micro-batch."""
 USED_COLUMNS = [name for name in JOURNEY_SCHEMA.names if name != "user_id"]
 
 
@@ -121,7 +124,8 @@ class Loader:
 
     def _make_step(self, epoch: int, step: int, window: Future, place: int) -> Step:
         packed_steps, held = window.result()
-        return Step(epoch, step, [self._make_batch(journeys, rows) for rows, journeys in held.take(packed_steps[place])])
+        draw = epoch * self.steps_per_epoch + step
+        return Step(epoch, step, [self._make_batch(journeys, rows, draw) for rows, journeys in held.take(packed_steps[place])])
 
     def _windows(self, epoch: int, first_step: int, ahead: ThreadPoolExecutor, readers: ThreadPoolExecutor,
                  ) -> Iterator[tuple[EpochPlan, range, Future]]:
@@ -221,15 +225,16 @@ class OnePass:
     def _batch(self, number: int, kept: dict[int, pa.RecordBatch]) -> Batch:
         first, last = self._bounds[np.minimum([number, number + 1], len(self._bounds) - 1)]
         [(rows, journeys)] = HeldRows.load(self.reader, np.arange(first, last), kept=kept).take([np.arange(first, last)])
-        return self._make_batch(journeys, rows)
+        return self._make_batch(journeys, rows, None)
 
 
 def build_loader(folder: str | Path, config: LoaderConfig, world: World, codes_ML: np.ndarray, num_heads: int,
-                 legal: LegalCodes | None = None, knowledge: Path | None = None) -> Loader:
+                 legal: LegalCodes | None = None, knowledge: Path | None = None, candidates: ItemCandidates | None = None) -> Loader:
     """Open a split (path or URI) for training.
 
     Args: codes_ML: semantic ID of each catalogue item, [num_items, L]; num_heads: MTP heads; legal: adds what the training softmax runs
-        over (none = all codes); knowledge: folder of external knowledge (none = batches have none).
+        over (none = all codes); knowledge: folder of external knowledge (none = batches have none); candidates: of the item head (none =
+        the model has none).
     Raises: ConfigError for sizes that do not fit; DataError for a damaged or empty split, or codes or knowledge of other data.
     """
     sampling = build_sampling(config.seed, config.global_batch_size, world.size, config.micro_batch_tokens, config.num_streams,
@@ -238,31 +243,42 @@ def build_loader(folder: str | Path, config: LoaderConfig, world: World, codes_M
     if reader.manifest.num_rows == 0:
         raise DataError(f"{folder} has no journeys; check the time cut-offs of the build")
     _check_codes(reader, codes_ML)
-    make_batch = _batch_maker(reader, codes_ML, num_heads, legal, knowledge, config, counted=True)
+    make_batch = _batch_maker(reader, codes_ML, num_heads, legal, knowledge, candidates, config, counted=True)
     return Loader(reader, sampling, world, make_batch, config.prefetch_steps, config.read_threads, config.pack_threads)
 
 
 def iter_once(folder: str | Path, config: LoaderConfig, world: World, codes_ML: np.ndarray, num_heads: int,
-              max_rows: int | None = None, legal: LegalCodes | None = None, knowledge: Path | None = None) -> OnePass:
+              max_rows: int | None = None, legal: LegalCodes | None = None, knowledge: Path | None = None,
+              candidates: ItemCandidates | None = None) -> OnePass:
     """Open a split for one deterministic pass, each row on exactly one rank; `max_rows`: only the first so many rows."""
     reader = ShardReader(folder, config.verify, config.on_corrupt, config.cache_dir)
     _check_codes(reader, codes_ML)
-    make_batch = _batch_maker(reader, codes_ML, num_heads, legal, knowledge, config, counted=False)
+    make_batch = _batch_maker(reader, codes_ML, num_heads, legal, knowledge, candidates, config, counted=False)
     return OnePass(reader, world, make_batch, config.micro_batch_tokens, max_rows)
 
 
 def _batch_maker(reader: ShardReader, codes_ML: np.ndarray, num_heads: int, legal: LegalCodes | None, knowledge: Path | None,
-                 config: LoaderConfig, counted: bool) -> MakeBatch:
+                 candidates: ItemCandidates | None, config: LoaderConfig, counted: bool) -> MakeBatch:
     num_features = len(reader.manifest.user_features), len(reader.manifest.env_features)
     vectors = None if knowledge is None else KnowledgeVectors(knowledge, reader.manifest, config.verify)
 
-    def make(journeys: JourneyColumns, rows: np.ndarray) -> Batch:
+    def make(journeys: JourneyColumns, rows: np.ndarray, draw: int | None) -> Batch:
         batch = collate(journeys, rows, codes_ML, num_heads, *num_features, reader.locate)
         if vectors is not None:
             batch.knowledge_BmE = vectors.gather(rows)
+        if draw is not None:
+            batch.noise_T = _noise_keys(batch, config.seed * 1_000_000_007 + draw)
+        if candidates is not None:
+            batch = candidates.add_to(batch, draw or 0)
         return batch if legal is None else legal.add_to(batch, counted)
 
     return make
+
+
+def _noise_keys(batch: Batch, seed: int) -> torch.Tensor:
+    lengths_B = batch.offsets_B1.diff()
+    position_T = torch.arange(batch.num_tokens) - batch.offsets_B1[:-1].repeat_interleave(lengths_B)
+    return row_keys(batch.row_ids_B.repeat_interleave(lengths_B), position_T, seed)
 
 
 def in_order(tasks: Generator[Callable[[], T]], num_threads: int, depth: int) -> Iterator[T]:

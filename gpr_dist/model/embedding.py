@@ -7,10 +7,13 @@ action, scene and logged value. All: token type, calendar and the time since the
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from gpr_dist.config import Config
+from gpr_dist.model.items import Items
 from gpr_dist.ops.cross_entropy import code_logits, code_nll
+from gpr_dist.ops.noise import dropout
 from gpr_dist.schema import Action, Batch, TokenType
 
 # T packed tokens  D width  L levels  V codes per level  UF / EF tokens x fields of U / E
@@ -29,6 +32,8 @@ class EmbeddingConfig(Config):
     """width of one categorical field before the type's MLP"""
     scene_buckets: int = 256
     """rows of the hashed scene table"""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """dropout of the sum of a token's embeddings, 0..1"""
 
 
 class CodeEmbedding(nn.Module):
@@ -88,6 +93,7 @@ class TokenEmbedding(nn.Module):
 
     def __init__(self, config: EmbeddingConfig, width: int, num_user_features: int, num_env_features: int) -> None:
         super().__init__()
+        self.config = config
         self.scene_buckets = config.scene_buckets
         self.user = FieldEmbedding(num_user_features, config, width)
         self.env = FieldEmbedding(num_env_features, config, width)
@@ -98,10 +104,13 @@ class TokenEmbedding(nn.Module):
             nn.init.normal_(table.weight, std=0.1)
         self.value = nn.Linear(2, width)
 
-    def forward(self, batch: Batch, codes: CodeEmbedding) -> Tensor:
-        """Returns: [T, D]."""
+    def forward(self, batch: Batch, codes: CodeEmbedding, items: Items | None = None) -> Tensor:
+        """Args: items: adds an embedding of the item itself. Returns: [T, D]."""
         is_item = (batch.item_T >= 0)[:, None]
-        item = codes(batch.codes_TL.clamp_min(0)).sum(1) * is_item
+        item = codes(batch.codes_TL.clamp_min(0)).sum(1)
+        if items is not None:
+            item = item + items(batch.item_T, task="embed", noise_T=batch.noise_T)
+        item = item * is_item
         action_scene = self.tables["action"](batch.action_T) + self.tables["scene"](batch.scene_T % self.scene_buckets) * is_item
         x_TD = item + action_scene + self.tables["token_type"](batch.token_type_T) + self._time(batch)
         known = batch.value_T.isfinite()
@@ -111,7 +120,7 @@ class TokenEmbedding(nn.Module):
         for token_type, embed, features in parts:
             where = (batch.token_type_T == token_type).nonzero().squeeze(1)
             x_TD = x_TD.index_add(0, where, embed(features).to(x_TD.dtype))
-        return x_TD
+        return dropout(x_TD, self.config.dropout, self.training, batch.noise_T, salt=100)
 
     def _time(self, batch: Batch) -> Tensor:
         seconds = batch.timestamp_T

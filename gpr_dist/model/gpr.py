@@ -15,9 +15,11 @@ from gpr_dist.config import Config
 from gpr_dist.model.embedding import CodeEmbedding, EmbeddingConfig, TokenEmbedding
 from gpr_dist.model.hsd import HSD, HSDConfig
 from gpr_dist.model.hte import HTE
+from gpr_dist.model.items import Items, ItemsConfig
 from gpr_dist.model.knowledge import Knowledge, KnowledgeConfig
 from gpr_dist.model.ptd import PTD, Intents, Opening, PTDConfig
-from gpr_dist.schema import Batch
+from gpr_dist.ops.noise import dropout, row_keys
+from gpr_dist.schema import Batch, Candidates
 
 # T packed tokens  D width  R requests  Q openings (request, head)  N targets  L levels  V codes per level
 
@@ -31,6 +33,8 @@ class GPRConfig(Config):
     """MTP heads P; head j predicts the j-th next ad"""
     embedding: EmbeddingConfig = EmbeddingConfig()
     """input embeddings"""
+    items: ItemsConfig = ItemsConfig()
+    """identity of items: an embedding beside the codes', and the item head"""
     hsd: HSDConfig = HSDConfig()
     """journey encoder"""
     ptd: PTDConfig = PTDConfig()
@@ -64,6 +68,7 @@ class GPROutput:
     nll_NL: Tensor  # -log p of every true code, nats
     values_NL1: Tensor  # [N, L+1], log1p units
     refining_N: Tensor | None  # diffusion loss; none without refining
+    item_nll: Tensor | None  # sum of -log p(item) over the targets of head 0; none without an item head
     router: Tensor | None  # the router's weighted losses, a mean over the batch's tokens; none without recursion
 
 
@@ -74,6 +79,7 @@ class GPR(nn.Module):
         super().__init__()
         self.config = config
         self.codes = CodeEmbedding(config.num_levels, config.codebook_size, config.width)
+        self.items = Items(config.width, config.items) if config.items.buckets else None
         self.tokens = TokenEmbedding(config.embedding, config.width, config.num_user_features, config.num_env_features)
         self.hsd = HSD(config.width, config.hsd)
         knowledge = Knowledge(config.width, config.knowledge) if config.knowledge.num_vectors else None
@@ -82,12 +88,13 @@ class GPR(nn.Module):
 
     def forward(self, batch: Batch, task: str = "train", **arguments: Any) -> Any:
         """train → GPROutput of the batch's targets; logits → theirs [N, L, V]; encode → Opening; decode → log p of the next code;
-        values → V of paths one code longer than those decoded."""
-        tasks = {"train": self._train, "logits": self._logits, "encode": self._encode, "decode": self._decode, "values": self._values}
+        values → V of paths one code longer; rank_items → the item head's best items of every request."""
+        tasks = {"train": self._train, "logits": self._logits, "encode": self._encode, "decode": self._decode, "values": self._values,
+                 "rank_items": self._rank_items}
         return tasks[task](batch, **arguments)
 
     def _read(self, batch: Batch) -> tuple[Intents, Tensor | None]:
-        hidden_TD, router = self.hsd(self.tokens(batch, self.codes), batch)
+        hidden_TD, router = self.hsd(self.tokens(batch, self.codes, self.items if self.config.items.has_input else None), batch)
         return self.ptd(hidden_TD, task="read", batch=batch), router
 
     def _targets(self, batch: Batch) -> tuple[Opening, Tensor, Tensor, Tensor | None]:
@@ -103,12 +110,27 @@ class GPR(nn.Module):
 
     def _train(self, batch: Batch) -> GPROutput:
         opening, code_NLD, state_NLD, router = self._targets(batch)
-        nll_NL = self.codes(state_NLD, task="nll", codes_NL=batch.target_codes_NL, offset_NLV=batch.target_offset_NLV)
+        noise_NL = None if batch.noise_T is None else _target_keys(batch, state_NLD.shape[1])
+        read_NLD = dropout(state_NLD, self.config.ptd.head_dropout, self.training, noise_NL, salt=103)
+        nll_NL = self.codes(read_NLD, task="nll", codes_NL=batch.target_codes_NL, offset_NLV=batch.target_offset_NLV)
         refining_N = None
         if self.config.ptd.refining:
             refining_N = self.ptd(opening, task="refine", request_N=batch.target_request_N, head_N=batch.target_head_N,
                                   ad_ND=code_NLD.sum(1))
-        return GPROutput(nll_NL, self.hte(state_NLD, code_NLD), refining_N, router)
+        item_nll = None
+        if self.config.items.has_head:
+            site_RD = opening.intents.hidden_TD.index_select(0, batch.request_token_R)
+            item_nll = self.items(site_RD, task="nll", batch=batch, code_CD=self._candidate_codes(batch.candidates))
+        return GPROutput(nll_NL, self.hte(state_NLD, code_NLD), refining_N, item_nll, router)
+
+    def _candidate_codes(self, candidates: Candidates) -> Tensor | None:
+        return self.codes(candidates.codes_CL).sum(1) if self.config.items.head_codes else None
+
+    def _rank_items(self, batch: Batch, candidates: Candidates, **arguments: Any) -> tuple[Tensor, Tensor]:
+        """`Items._rank` of every request of the batch."""
+        hidden_TD = self._read(batch)[0].hidden_TD
+        return self.items(hidden_TD.index_select(0, batch.request_token_R), task="rank", candidates=candidates,
+                          code_CD=self._candidate_codes(candidates), **arguments)
 
     def _logits(self, batch: Batch) -> Tensor:
         return self.codes(self._targets(batch)[2], task="logits")
@@ -132,3 +154,10 @@ class GPR(nn.Module):
         """V_{level+1} [M] of choosing a code of `level` (from 0) in these states, log1p units, float32."""
         code_MD = self.codes(code_M[:, None] + level * self.config.codebook_size)[:, 0]
         return self.hte(state_MD[:, None], code_MD[:, None], level=level)[:, 0]
+
+
+def _target_keys(batch: Batch, num_levels: int) -> Tensor:
+    """A key for dropout of every target's level, int64 [N, L]."""
+    site_N = batch.noise_T[batch.request_token_R[batch.target_request_N]]
+    key_N = row_keys(site_N, batch.target_item_N * 64 + batch.target_head_N, 0)
+    return key_N[:, None] + torch.arange(num_levels, device=key_N.device)

@@ -34,7 +34,7 @@ class HSDConfig(Config):
     ffn_multiple: float = Field(2.0, ge=0)
     """inner width of the FFN over the model width (2 to 4); 0 = a single linear map, as in HSTU"""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """dropout of each layer's output, 0..1"""
+    """dropout of each layer's output, 0..1; a token that passes a layer again has the same mask"""
     score: Score = "softmax"
     """softmax (Eq. 1) | silu (HSTU's pointwise SiLU/N)"""
     silu_length: int = Field(256, ge=1)
@@ -82,6 +82,7 @@ class RowContext:
     cos_T1k: Tensor
     sin_T1k: Tensor
     bias_buckets: dict
+    noise_T: Tensor | None
 
     @classmethod
     def build(cls, batch: Batch, head_width: int, dtype: torch.dtype, causal: bool) -> "RowContext":
@@ -90,20 +91,21 @@ class RowContext:
         start_T = torch.repeat_interleave(batch.offsets_B1[:-1], batch.offsets_B1.diff())
         position_T = torch.arange(batch.num_tokens, device=start_T.device) - start_T
         cos, sin = rotary_angles(position_T, head_width)
-        return cls(spans, TypeGroups.build(batch.token_type_T, dtype), position_T, batch.timestamp_T, cos, sin, {})
+        return cls(spans, TypeGroups.build(batch.token_type_T, dtype), position_T, batch.timestamp_T, cos, sin, {},
+                   batch.noise_T)
 
     def select(self, index_t: Tensor) -> "RowContext":
         """Only these tokens (increasing): they see one another as before, and nothing of the tokens left out."""
         return RowContext(self.spans.select(index_t), self.groups.select(index_t), self.position_T[index_t], self.seconds_T[index_t],
-                          self.cos_T1k[index_t], self.sin_T1k[index_t], {})
+                          self.cos_T1k[index_t], self.sin_T1k[index_t], {}, None if self.noise_T is None else self.noise_T[index_t])
 
 
 class HSDLayer(nn.Module):
     """One layer; see the module docstring."""
 
-    def __init__(self, width: int, config: HSDConfig) -> None:
+    def __init__(self, width: int, config: HSDConfig, number: int = 0) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.number = config, number
         self.norm_in = TypedNorm(width, token_aware=config.token_aware_norm)
         self.qkvu = nn.Linear(width, 4 * width, bias=False)
         self.ffn = TypedFFN(width, int(config.ffn_multiple * width), config.token_aware_ffn)
@@ -124,7 +126,7 @@ class HSDLayer(nn.Module):
         q, k = qk.chunk(2, dim=1)
         attended = hybrid_attention(q, k, v, rows.spans, self.config.score, bias, self.config.silu_length, self.config.attention)
         out_TD = self.norm_out(self.ffn(attended.flatten(1) * u, rows.groups), rows.groups)
-        return x_TD + dropout(out_TD, self.config.dropout, self.training)
+        return x_TD + dropout(out_TD, self.config.dropout, self.training, rows.noise_T, salt=self.number)
 
 
 class Router(nn.Module):
@@ -154,7 +156,7 @@ class HSD(nn.Module):
         super().__init__()
         self.config = config
         self.head_width = width // config.num_heads
-        self.layers = nn.ModuleList(HSDLayer(width, config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(HSDLayer(width, config, number) for number in range(config.num_layers))
         self.router = Router(width, config) if config.recursions > 1 else None
         self.norm = nn.LayerNorm(width)
 

@@ -37,6 +37,8 @@ class PTDConfig(Config):
     """latent thinking tokens, one after another (the paper draws 3)"""
     refining: bool = False
     """whether generation starts from a refining token, a diffusion sample given the thinking tokens"""
+    head_dropout: float = Field(0.0, ge=0, lt=1)
+    """dropout of the states that predict codes, 0..1"""
     refining_steps: int = Field(2, ge=1)
     """DDIM steps of the refining token (2 to 4)"""
     attention: Implementation = "auto"

@@ -43,6 +43,11 @@ def refining_loss(refining_N: Tensor, head_N: Tensor, head_weight_P: Tensor, num
     return (head_weight_P[head_N] * refining_N).sum() / num_targets
 
 
+def item_loss(item_nll: Tensor, num_targets: float) -> Tensor:
+    """Softmax over items at the prediction sites, nats per ad (`ops.cross_entropy.item_nll` is the sum over this micro-batch's ads)."""
+    return item_nll / num_targets
+
+
 def uniform_head_weights(num_heads: int, device: torch.device | str = "cpu") -> Tensor:
     """w_j = 1/P (the paper is silent on the weights)."""
     return torch.full((num_heads,), 1.0 / num_heads, device=device)

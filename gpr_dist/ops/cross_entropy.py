@@ -1,11 +1,13 @@
-"""Cross-entropy of semantic IDs against the code tables, in chunks of targets: a large codebook never has all its logits at once."""
+"""Cross-entropy of semantic IDs against the code tables, and of items against an item table, in chunks: never all logits at once."""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# N targets  l levels  D width  V codes per level
+# N targets  l levels  D width  V codes per level  R requests, r of them in a chunk  C candidate items  G eligibility groups
 
 
 LOSS_CHUNK_BYTES = 1 << 28
@@ -55,3 +57,78 @@ def nll_of_logits(logits_NLV: Tensor, codes_NL: Tensor, offset_NLV: Tensor | Non
         logits_NLV = logits_NLV + offset_NLV
     # Classes last: the kernel for classes in the middle takes three times as long on a CPU.
     return F.cross_entropy(logits_NLV.flatten(0, 1), codes_NL.flatten(), reduction="none").view(codes_NL.shape)
+
+
+def item_nll(state_RD: Tensor, weight_CD: Tensor, bias_C: Tensor, request_N: Tensor, column_N: Tensor, offset_C: Tensor | None = None,
+             legal_GC: Tensor | None = None, group_R: Tensor | None = None, chunk_bytes: int | None = None) -> Tensor:
+    """Sum of -log p of the true items, nats; the softmax over the candidates is float32 (float64 for float64 states).
+
+        s_rc = state_r · weight_c + bias_c;   nll_n = log sum_c exp(s_rc + offset_c) - s_rn,   c legal or one of the request's targets
+
+    Gradients are made in the forward pass, chunk by chunk, so that neither logits nor probabilities of all requests are ever held, and
+    no product is computed twice. That is why it returns one sum: a weight per target would have to be known here.
+
+    Args:
+        request_N, column_N: int64, request and candidate of every target.
+        offset_C: log of the inverse inclusion probability of each candidate, so that a sample estimates the full sum (unbiased before
+            the log); -inf = not drawn. It does not apply to a request's own targets, which are certain. None = 0.
+        legal_GC, group_R: candidates each request's eligibility group allows; own targets are always allowed. None = all.
+        chunk_bytes: float32 logits held at once.
+    """
+    if chunk_bytes is None:  # what a core's cache holds; a GPU wants large products
+        chunk_bytes = 1 << 23 if state_RD.device.type == "cpu" else LOSS_CHUNK_BYTES
+    order_N = request_N.argsort(stable=True)
+    rows = max(1, chunk_bytes // (4 * max(1, len(weight_CD))))
+    return _ItemNLL.apply(state_RD, weight_CD, bias_C, request_N[order_N], column_N[order_N], offset_C, legal_GC, group_R, rows,
+                          torch.is_grad_enabled())
+
+
+class _ItemNLL(torch.autograd.Function):
+    """`item_nll`; targets are in the order of their requests."""
+
+    @staticmethod
+    def forward(ctx: Any, state_RD: Tensor, weight_CD: Tensor, bias_C: Tensor, request_N: Tensor, column_N: Tensor,
+                offset_C: Tensor | None, legal_GC: Tensor | None, group_R: Tensor | None, rows: int, with_gradient: bool) -> Tensor:
+        exact = torch.float64 if state_RD.dtype == torch.float64 else torch.float32
+        ends = torch.searchsorted(request_N, torch.arange(0, len(state_RD) + rows, rows, device=request_N.device)).tolist()
+        total = state_RD.new_zeros((), dtype=exact)
+        d_state_RD, d_weight_CD, d_bias_C = None, None, None
+        if with_gradient:
+            d_state_RD = torch.zeros_like(state_RD)
+            d_weight_CD, d_bias_C = torch.zeros_like(weight_CD, dtype=exact), torch.zeros_like(bias_C, dtype=exact)
+        for number, lo in enumerate(range(0, len(state_RD), rows)):
+            state_rD = state_RD[lo:lo + rows]
+            of_chunk = slice(ends[number], ends[number + 1])
+            request_n, column_n = request_N[of_chunk] - lo, column_N[of_chunk]
+            logits_rC = torch.addmm(bias_C, state_rD, weight_CD.T).to(exact)
+            own_n = logits_rC[request_n, column_n]
+            if offset_C is not None:
+                logits_rC += offset_C
+            if legal_GC is not None:
+                logits_rC.masked_fill_(~legal_GC[group_R[lo:lo + rows]], -torch.inf)
+            if offset_C is not None or legal_GC is not None:
+                logits_rC[request_n, column_n] = own_n
+            log_sum_r = logits_rC.logsumexp(1) if not with_gradient else None
+            if with_gradient:
+                largest_r, at_r = logits_rC.max(1)
+                p_rC = logits_rC.softmax(1)
+                log_sum_r = largest_r - p_rC.gather(1, at_r[:, None])[:, 0].log()
+                targets_r = torch.bincount(request_n, minlength=len(state_rD))
+                if bool((targets_r != 1).any()):
+                    p_rC *= targets_r[:, None]
+                p_rC.index_put_((request_n, column_n), -torch.ones_like(own_n), accumulate=True)
+                d_bias_C += p_rC.sum(0)
+                d_logits_rC = p_rC.to(state_RD.dtype)
+                d_state_RD[lo:lo + rows] = d_logits_rC @ weight_CD
+                if exact == state_RD.dtype:
+                    d_weight_CD.addmm_(d_logits_rC.T, state_rD)
+                else:
+                    d_weight_CD += d_logits_rC.T @ state_rD  # bf16 would lose what later chunks add
+            total += (log_sum_r[request_n] - own_n).sum()
+        if with_gradient:
+            ctx.save_for_backward(d_state_RD, d_weight_CD.to(weight_CD.dtype), d_bias_C.to(bias_C.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return (*(gradient.to(d.dtype) * d for d in ctx.saved_tensors), *[None] * 7)

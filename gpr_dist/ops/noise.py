@@ -1,12 +1,15 @@
 """Noise as a function of what it is for: the same request gets the same numbers in training, rollout and update, on any rank. Dropout."""
 
 import math
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 # N keys
+
+_TABLE_ROWS = 1 << 12  # of dropout's table; a megabyte at width 128
 
 
 def hashed_uniform(key_N: Tensor, count: int, seed: int = 0) -> Tensor:
@@ -23,13 +26,41 @@ def hashed_normal(key_N: Tensor, count: int, seed: int = 0) -> Tensor:
     return (-2 * uniform[:, :count].log()).sqrt() * (2 * math.pi * uniform[:, count:]).cos()
 
 
-def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """F.dropout; on a CPU with a probability rounded to 16 bits, of which one random number holds four: a third of the time."""
+def dropout(x: Tensor, p: float, training: bool, key_N: Tensor | None = None, salt: int = 0) -> Tensor:
+    """Dropout whose mask is a function of each row's key, so that it is the same on any number of ranks and after a restart.
+
+    Args:
+        x: [..., D]. p: share dropped, rounded to 16 bits.
+        key_N: int64 of the leading shape of x, e.g. `Batch.noise_T`; None = torch's generator. salt: tells uses of one key apart.
+    The bits of a row are the exclusive or of two rows of a fixed random table, chosen by hash: 16 million masks for two gathers of 16
+    bits an element, where drawing them costs several times as much.
+    """
     drop = round(p * 65536)
-    if x.device.type != "cpu" or not training or not drop:
+    if not training or not drop:
+        return x
+    if key_N is not None:
+        hashed = _mix(key_N.reshape(-1) + (salt + 1) * 88_172_645_463_325)
+        table = _random_bits(x.shape[-1], x.device)
+        bits = table.index_select(0, hashed & (_TABLE_ROWS - 1)) ^ table.index_select(0, (hashed >> 32) & (_TABLE_ROWS - 1))
+        bits = bits.view(x.shape)
+    elif x.device.type == "cpu":  # one random number holds four: a third of F.dropout's time
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:x.numel()].view(x.shape)
+    else:
         return F.dropout(x, p, training)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:x.numel()].view(x.shape)
     return x * ((bits >= drop - 32768).to(x.dtype) * (65536 / (65536 - drop)))
+
+
+@cache
+def _random_bits(width: int, device: torch.device) -> Tensor:
+    """int16 [rows, width], the same in every process."""
+    generator = torch.Generator().manual_seed(width)
+    return torch.randint(-32768, 32768, (_TABLE_ROWS, width), dtype=torch.int16, generator=generator).to(device)
+
+
+def row_keys(row_T: Tensor, position_T: Tensor, seed: int) -> Tensor:
+    """int64 [T], one key for every position of every row, different for every seed (any int64)."""
+    wrapped = (seed * 0x2545F4914F6CDD1 + 2**63) % 2**64 - 2**63
+    return _mix(_mix(row_T + wrapped) + position_T)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -63,6 +63,7 @@ class LossShare:
     nll_PL: Tensor  # float64 sums of -log p per head and level, detached
     count_P: Tensor  # float64 targets per head
     value_loss: Tensor  # scalar, detached share of the value regression
+    item_loss: Tensor  # the same of the item head, 0 without one
 
 
 Objective = Callable[[Engine, Batch, float], LossShare]
@@ -152,6 +153,7 @@ class StepResult:
 
     loss: float
     value_loss: float
+    item_loss: float
     nll_PL: Tensor
     count_P: Tensor
     grad_norm: float
@@ -174,12 +176,12 @@ def train_step(engine: Engine, data: Step, objective: Objective, model: GPRConfi
     every_target, targets, rows, *work_sums = (int(x) for x in engine.all_reduce(torch.tensor(counts, dtype=torch.float64)).tolist())
     num_targets = max(1.0, every_target * target_share)  # a step may hold no target at all: its loss is 0
     p, l = model.num_mtp_heads, model.num_levels  # noqa: E741
-    sums = torch.zeros(2 + p * l + p + 1, dtype=torch.float64, device=engine.device)
+    sums = torch.zeros(3 + p * l + p + 1, dtype=torch.float64, device=engine.device)
     for batch in batches:
         share = objective(engine, batch, num_targets)
         engine.backward(share.loss)
-        sums += torch.cat((share.loss.detach().double()[None], share.value_loss.double()[None], share.nll_PL.flatten(), share.count_P,
-                           torch.zeros(1, dtype=torch.float64, device=engine.device)))
+        losses = torch.stack([part.double() for part in (share.loss.detach(), share.value_loss, share.item_loss)])
+        sums += torch.cat((losses, share.nll_PL.flatten(), share.count_P, torch.zeros_like(losses[:1])))
     bad = not (engine.gradients_are_finite() and bool(torch.isfinite(sums).all()))
     flags = torch.zeros(engine.world_size, dtype=torch.float64)
     flags[engine.rank] = float(bad)
@@ -187,8 +189,8 @@ def train_step(engine: Engine, data: Step, objective: Objective, model: GPRConfi
     reduced = engine.all_reduce(torch.cat((sums.cpu(), flags))).cpu()
     sums, flags = reduced[: len(sums)], reduced[len(sums) :]
     grad_norm, applied = engine.step(lr, apply=not flags.any())
-    return StepResult(float(sums[0]), float(sums[1]), sums[2 : 2 + p * l].view(p, l), sums[2 + p * l : -1], grad_norm, applied,
-                      bool(sums[-1]), flags.nonzero().flatten().tolist(), rows, targets, Work(*work_sums))
+    return StepResult(*sums[:3].tolist(), sums[3 : 3 + p * l].view(p, l), sums[3 + p * l : -1], grad_norm, applied, bool(sums[-1]),
+                      flags.nonzero().flatten().tolist(), rows, targets, Work(*work_sums))
 
 
 def sample_targets(batch: Batch, share: float, seed: int) -> Batch:
@@ -210,6 +212,8 @@ def step_metrics(engine: Engine, result: StepResult, model: GPRConfig, lr: float
     metrics: dict[str, Any] = {"loss": result.loss, "value_loss": result.value_loss, "lr": lr, "grad_norm": result.grad_norm}
     metrics |= {f"loss_head/{h + 1}": float(x) for h, x in enumerate(per_target.sum(1))}
     metrics |= {f"loss_level/{level + 1}": float(x) for level, x in enumerate(result.nll_PL.sum(0) / result.count_P.sum().clamp_min(1))}
+    if model.items.has_head:
+        metrics["item_loss"] = result.item_loss
     metrics |= {"rows": result.rows, "tokens": result.work.tokens, "targets": result.targets, "seconds": seconds, "loader_wait_s": waited,
                 "tokens_per_s": result.work.tokens / seconds, "targets_per_s": result.targets / seconds, "skipped_steps": progress.skipped,
                 "total_targets": progress.targets, "memory_gib": memory_bytes() / 2**30}

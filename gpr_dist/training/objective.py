@@ -2,7 +2,7 @@
 
 import torch
 
-from gpr_dist.objectives.mtp import mtp_loss, refining_loss, uniform_head_weights, value_loss
+from gpr_dist.objectives.mtp import item_loss, mtp_loss, refining_loss, uniform_head_weights, value_loss
 from gpr_dist.schema import Batch
 from gpr_dist.training.engine import Engine
 from gpr_dist.training.loop import LossShare, Objective
@@ -11,8 +11,9 @@ from gpr_dist.training.loop import LossShare, Objective
 
 
 def mtp_objective(num_heads: int, value_loss_weight: float, head_weights: tuple[float, ...] | None = None,
-                  refining_loss_weight: float = 0.1) -> Objective:
-    """Multi-token prediction (GPR Eq. 3, head weights uniform if none), plus the weighted losses of values, refining token and router.
+                  refining_loss_weight: float = 0.1, item_loss_weight: float = 0.0) -> Objective:
+    """Multi-token prediction (GPR Eq. 3, head weights uniform if none), plus the weighted losses of values, refining token, items and
+    router.
 
     The router's loss is a mean over the tokens of a micro-batch that counts by its targets: the one part that depends on the split.
     """
@@ -26,11 +27,15 @@ def mtp_objective(num_heads: int, value_loss_weight: float, head_weights: tuple[
         loss = mtp_loss(nll_NL, head_N, weight_P, num_targets) + value_loss_weight * value
         if output.refining_N is not None:
             loss = loss + refining_loss_weight * refining_loss(output.refining_N, head_N, weight_P, num_targets)
+        item = value.new_zeros(())
+        if output.item_nll is not None:
+            item = item_loss(output.item_nll, num_targets)
+            loss = loss + item_loss_weight * item
         if output.router is not None:
             loss = loss + output.router * (batch.num_targets / num_targets)
         nll_PL = torch.zeros(num_heads, nll_NL.shape[1], dtype=torch.float64, device=engine.device)
         nll_PL.index_add_(0, head_N, nll_NL.detach().double())
         count_P = torch.bincount(head_N, minlength=num_heads).double()
-        return LossShare(loss, nll_PL, count_P, value.detach())
+        return LossShare(loss, nll_PL, count_P, value.detach(), item.detach())
 
     return share
