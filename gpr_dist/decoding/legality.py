@@ -70,8 +70,7 @@ class Legal(Sequence[Tensor]):
             return self._bitmaps[level]
         nodes, groups = self._trie.num_nodes(level), len(self._bytes)
         if level == self._trie.num_levels:
-            bit = torch.arange(8, device=self._bytes.device)
-            return ((self._bytes[:, :-1, None] >> bit) & 1).bool().flatten(1)[:, :nodes]
+            return unpack_slots(self._bytes, nodes)
         group_M = torch.arange(groups, device=self._bytes.device).repeat_interleave(nodes)
         return self.mask(level, group_M, torch.arange(nodes, device=self._bytes.device).repeat(groups)).view(groups, nodes)
 
@@ -240,6 +239,12 @@ def pack_slots(bits: Tensor) -> Tensor:
     for bit in range(1, 8):
         packed |= padded[..., bit] << bit
     return packed
+
+
+def unpack_slots(packed: Tensor, num_slots: int) -> Tensor:
+    """The opposite of `pack_slots`, bool [..., slots]."""
+    bit = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return ((packed[..., None] >> bit) & 1).bool().flatten(-2)[..., :num_slots]
 
 
 _TABLES: dict[tuple[str, torch.device], Tensor] = {}

@@ -43,7 +43,7 @@ def rank_items(result: BeamResult, eligible: Eligible, item_weight_M: Tensor, k:
             ordered them, the items of each by value.
     """
     trie, level = eligible.trie, eligible.trie.num_levels
-    request_N, beam_N = (result.leaf_BK >= 0).nonzero(as_tuple=True)
+    request_N, beam_N = _distinct(result.leaf_BK, trie.num_leaves)
     owner_M, slot_M = trie.children(level, result.leaf_BK[request_N, beam_N])
     if trie.alive is not None:
         alive_M = trie.alive.index_select(0, slot_M)
@@ -84,3 +84,14 @@ def rank_items(result: BeamResult, eligible: Eligible, item_weight_M: Tensor, k:
         return values_M.new_full((eligible.num_requests, k), fill).index_put_((request, rank), values_M[place])
 
     return RankedItems(spread(item_M, -1), spread(score_M, -torch.inf), None if item_value_M is None else spread(item_value_M, torch.nan))
+
+
+def _distinct(leaf_BK: Tensor, num_leaves: int) -> tuple[Tensor, Tensor]:
+    """(request, column) of the leaves found, each where it comes first: independent samples repeat."""
+    request_N, beam_N = (leaf_BK >= 0).nonzero(as_tuple=True)
+    distinct, place_N = torch.unique(request_N * num_leaves + leaf_BK[request_N, beam_N], return_inverse=True)
+    if len(distinct) == len(place_N):
+        return request_N, beam_N
+    number_N = torch.arange(len(place_N), device=place_N.device)
+    first = torch.full_like(distinct, len(place_N)).scatter_reduce(0, place_N, number_N, "amin").sort().values
+    return request_N[first], beam_N[first]

@@ -165,7 +165,7 @@ class Trie:
 
     def slots(self, items_N: Tensor) -> Tensor:
         """Slot of each catalogue index, int64; -1 = not in the trie, or deleted."""
-        items_N = items_N.to(self.device).long()
+        items_N = items_N.to(self.device).long().contiguous()
         is_known_N = (items_N >= 0) & (items_N < self.slot_of_item.numel())
         slot_N = torch.where(is_known_N, self.slot_of_item[torch.where(is_known_N, items_N, 0)].long(), -1)
         if self.alive is not None:
