@@ -21,6 +21,8 @@ from gpr_dist.data.counts import count_ads
 from gpr_dist.data.loader import LoaderConfig, iter_once
 from gpr_dist.data.reader import ShardReader
 from gpr_dist.data.sampler import World
+from gpr_dist.decoding.ranking import Order
+from gpr_dist.decoding.search import SearchConfig
 from gpr_dist.errors import ConfigError, DataError, run_cli
 from gpr_dist.evaluation.baselines import BaselineConfig, popularity
 from gpr_dist.evaluation.validate import ValidationConfig, has_targets, open_journeys
@@ -36,9 +38,10 @@ from gpr_dist.serving.export import (
     find_time_features,
     save_calibration,
     save_item_weight,
+    save_trie,
     write_weights,
 )
-from gpr_dist.serving.settings import BundleSettings, RequestSettings, SearchSettings
+from gpr_dist.serving.settings import BundleSettings, RequestSettings
 from gpr_dist.tokenizer.semantic_ids import SemanticIds
 from gpr_dist.training import checkpoint
 
@@ -68,8 +71,10 @@ class ExportConfig(Config):
     """.npy of item weights given instead, float [items]: any non-negative popularity"""
     baselines: BaselineConfig = BaselineConfig()
     """weights of recent and organic events in that popularity"""
-    beam_width: int = Field(ValidationConfig().beam_width, ge=1)
-    """prefixes kept per level, and the most ads an answer can have"""
+    search: SearchConfig = SearchConfig(width=ValidationConfig().beam_width)
+    """how the bundle searches; softmax is that of training whatever is said here"""
+    order: Order = "probability"
+    """how ads are ordered: probability, or with search.strategy=value by value or leaf_value"""
     calibration_rows: int | None = Field(4096, ge=0)
     """journeys of the validation split that the value head is calibrated on; none = all; 0 = no calibration, and no values in answers"""
     license: str = "not stated; ask the team that trained this model"
@@ -100,6 +105,7 @@ def main() -> int:
         num_weights = write_weights(staging, shapes, read, config.dtype)
         copy_tokenizer(semantic_ids, staging / "tokenizer")
         copy_catalogue(data.folder, staging)
+        save_trie(semantic_ids, staging)
         save_item_weight(item_weights(config, data, semantic_ids.num_items), semantic_ids.num_items, staging)
         curves = calibration(config, data, folder, model, semantic_ids)
         save_calibration(curves, staging)
@@ -135,9 +141,9 @@ def describe(config: ExportConfig, data: DataConfig, manifest: ShardManifest, mo
         user_tokens=user_tokens, env_tokens=env_tokens, max_tokens=journeys.max_tokens, context_tokens=journeys.max_tokens,
         max_organic_per_block=journeys.max_organic_per_block, num_knowledge_vectors=model.knowledge.num_vectors,
         knowledge_width=model.knowledge.width)
-    search = SearchSettings(softmax=trained.softmax, beam_width=config.beam_width)
-    return BundleSettings(requests=requests, search=search, num_items=manifest.num_items,
-                          catalogue_fingerprint=manifest.catalogue_fingerprint)
+    search = {**config.search.model_dump(), "softmax": trained.softmax}
+    return BundleSettings(requests=requests, search=build_config(SearchConfig, search, "search"), order=config.order,
+                          num_items=manifest.num_items, catalogue_fingerprint=manifest.catalogue_fingerprint)
 
 
 def journey_settings(config: ExportConfig, data: DataConfig) -> tuple[JourneyConfig, int | None]:

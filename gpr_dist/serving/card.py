@@ -35,7 +35,8 @@ def write_card(folder: Path, settings: BundleSettings, source: Mapping[str, Any]
         f"- `env`: {_names(asked.env_features)}" + (f" (made from `time` if left out: {', '.join(asked.time_features)})"
                                                     if asked.time_features else ""),
         f"- journeys of at most {asked.max_tokens} tokens; of a longer history the most recent part is read",
-        f"- at most {search.beam_width} ads per answer; softmax over codes: {search.softmax}; MTP head {search.head}",
+        f"- at most {settings.max_k} ads per answer, by {settings.order}; search: {search.strategy}, softmax over codes: {search.softmax}, "
+        f"MTP heads {', '.join(map(str, search.heads))}",
         "- values: " + ("expected value in the units of the log, calibrated on the validation split" if is_calibrated
                         else "none, the value head is not calibrated"),
         *([f"- `knowledge`: {asked.num_knowledge_vectors} vectors of width {asked.knowledge_width}, made by the encoder of knowledge "

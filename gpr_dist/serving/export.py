@@ -19,9 +19,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gpr_dist.bundle import WEIGHTS, check_name
+from gpr_dist.data.eligibility import Eligibility
+from gpr_dist.decoding.trie import Trie
 from gpr_dist.errors import DataError, TokenizerError
 from gpr_dist.hashing import TIME_FEATURES, feature_id, time_feature
-from gpr_dist.schema import TokenType
+from gpr_dist.schema import EVERY_AD, TokenType
 from gpr_dist.tokenizer.semantic_ids import BUNDLE_FILE, SemanticIds
 
 # Ne E tokens  Fe their categorical fields
@@ -92,6 +94,12 @@ def copy_catalogue(data: Path, folder: Path) -> None:
                 writer.write_batch(reader.get_batch(number).select(list(ITEM_COLUMNS)))
     if (data / "eligibility.arrow").is_file():
         shutil.copyfile(data / "eligibility.arrow", folder / "eligibility.arrow")
+
+
+def save_trie(semantic_ids: SemanticIds, folder: Path) -> None:
+    """Of the ads of the exported catalogue."""
+    ads = Eligibility.load(folder).items(EVERY_AD)
+    Trie.from_codes(semantic_ids.codes_NL[ads], semantic_ids.codebook_size, ads).save(folder)
 
 
 def save_item_weight(weight_I: np.ndarray, num_items: int, folder: Path) -> None:

@@ -8,28 +8,30 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
 from gpr_dist.bundle import WEIGHTS, BundleManifest, check_name, read_manifest, verify
 from gpr_dist.config import build_config
 from gpr_dist.data.eligibility import Eligibility
-from gpr_dist.decoding.beam_search import beam_search, expand_items
+from gpr_dist.decoding.legality import Eligible, LegalCache
 from gpr_dist.decoding.model_decoder import ModelDecoder
+from gpr_dist.decoding.ranking import rank_items
+from gpr_dist.decoding.search import search
 from gpr_dist.decoding.trie import Trie
 from gpr_dist.errors import CheckpointError
 from gpr_dist.hashing import hash_strings
 from gpr_dist.model.gpr import GPR, GPRConfig
 from gpr_dist.schema import EVERY_AD, NO_ITEM
 from gpr_dist.serving.export import CALIBRATION, ITEM_WEIGHT
-from gpr_dist.serving.prompts import Prompts, build_prompts
+from gpr_dist.serving.prompts import Prompts, build_prompts, ranges
 from gpr_dist.serving.requests import Parsed, flat, parse_lines, parse_table
 from gpr_dist.serving.settings import BundleSettings
 from gpr_dist.tokenizer.semantic_ids import BUNDLE_FILE, SemanticIds
@@ -54,6 +56,24 @@ class Answer:
     seconds: float  # of the micro-batch it was decoded in
 
 
+@dataclass(frozen=True)
+class Wishes:
+    """What R requests may be shown."""
+
+    group_R: np.ndarray  # int64: EVERY_AD, a row of eligibility.arrow, or, below EVERY_AD, a key of `lists`
+    lists: dict[int, np.ndarray]  # sorted catalogue indices
+    request_X: np.ndarray  # int64, ascending: who excludes ...
+    item_X: np.ndarray  # ... which item
+    unknown_R: np.ndarray  # int64, ids that the catalogue does not have
+
+    def excluded(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """(place in `rows`, item) pairs."""
+        first = np.searchsorted(self.request_X, rows)
+        count = np.searchsorted(self.request_X, rows, side="right") - first
+        pairs = ranges(first, count)
+        return torch.from_numpy(np.repeat(np.arange(len(rows)), count)), torch.from_numpy(self.item_X[pairs])
+
+
 @dataclass
 class Recommender:
     """An opened bundle."""
@@ -72,6 +92,10 @@ class Recommender:
     micro_batch_tokens: int = 16384
     micro_batch_requests: int = 64
     _lookup: tuple[np.ndarray, np.ndarray] = field(default=(np.zeros(0, np.uint64), np.zeros(0, np.int32)), repr=False)
+    _lists: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self._legal = LegalCache(self.trie, self._items)
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu", check: bool = True) -> "Recommender":
@@ -87,8 +111,7 @@ class Recommender:
         semantic_ids = _open_tokenizer(folder, manifest)
         semantic_ids.check_catalogue(settings.catalogue_fingerprint, str(folder))
         eligibility = Eligibility.load(folder)
-        ads = eligibility.items(EVERY_AD)
-        trie = Trie.from_codes(semantic_ids.codes_NL[ads], semantic_ids.codebook_size, ads).to(device)
+        trie = Trie.load(folder).to(device)
         weight_I = np.load(folder / ITEM_WEIGHT, allow_pickle=False)
         with pa.memory_map(str(folder / "catalogue" / "catalogue.arrow")) as file:
             ids = pa.ipc.open_file(file).read_all()["item_id"]
@@ -106,7 +129,7 @@ class Recommender:
     @property
     def max_k(self) -> int:
         """Most ads a request may ask for."""
-        return self.settings.search.beam_width
+        return self.settings.max_k
 
     def parse(self, lines: Sequence[bytes]) -> Parsed:
         """Requests of JSON lines (requests.py), for `recommend`."""
@@ -128,49 +151,39 @@ class Recommender:
         """Answers to the good requests of a chunk, in their order; decoded in micro-batches of similar length."""
         requests = parsed.requests
         prompts = build_prompts(requests, self.settings.requests, self.index_of)
-        allowed, unknown_R = self._allowed(requests)
+        wishes = self._wishes(requests)
         k_R = requests["k"].fill_null(default_k).to_numpy(zero_copy_only=False)
         answers: list[Answer | None] = [None] * requests.num_rows
         skipped = [{reason: int(counts[row]) for reason, counts in prompts.skipped.items() if counts[row]}
                    for row in range(requests.num_rows)]
-        open_R = np.ones(requests.num_rows, bool)
-        for row in range(requests.num_rows):
-            reason = NO_TOKEN if not prompts.lengths[row] else None if self._any_ad(allowed[row]) else NO_ELIGIBLE_AD
-            if reason:
-                answers[row] = Answer([], [], [], None, reason, skipped[row], int(unknown_R[row]), 0.0)
-                open_R[row] = False
-        for rows in self._micro_batches(prompts.lengths, np.flatnonzero(open_R)):
+        for row in np.flatnonzero(prompts.lengths == 0).tolist():
+            answers[row] = Answer([], [], [], None, NO_TOKEN, skipped[row], int(wishes.unknown_R[row]), 0.0)
+        for rows in self._micro_batches(prompts.lengths, np.flatnonzero(prompts.lengths)):
             started = time.perf_counter()
-            found = self._decode(prompts, rows, [allowed[row] for row in rows], k_R[rows])
+            found = self._decode(prompts, rows, wishes, k_R[rows])
             seconds = time.perf_counter() - started
             for row, (items, scores, values) in zip(rows.tolist(), found, strict=True):
-                names = self.ids.take(pa.array(items)).to_pylist()
+                names = self.ids.take(pa.array(items, pa.int64())).to_pylist()
                 reason = None if items else NO_ELIGIBLE_AD
-                answers[row] = Answer(items, names, scores, values, reason, skipped[row], int(unknown_R[row]), seconds)
+                answers[row] = Answer(items, names, scores, values, reason, skipped[row], int(wishes.unknown_R[row]), seconds)
         return answers
 
-    def _allowed(self, requests: pa.RecordBatch) -> tuple[list[int | np.ndarray], np.ndarray]:
-        """For each request the eligibility group, or its own ads (sorted indices); and how many ids are unknown, int64 [R]."""
+    def _wishes(self, requests: pa.RecordBatch) -> "Wishes":
+        """Look up the ads that requests name. Distinct lists of eligible ads are known by a hash of their content, below EVERY_AD."""
         ids, owner = flat(requests["eligible"])
-        own = self.index_of(hash_strings(ids))
+        items, num = self.index_of(hash_strings(ids)), requests.num_rows
         out_ids, out_owner = flat(requests["exclude"])
-        excluded = self.index_of(hash_strings(out_ids))
-        num = requests.num_rows
-        unknown_R = (np.bincount(owner[own == NO_ITEM], minlength=num) + np.bincount(out_owner[excluded == NO_ITEM], minlength=num))
-        groups = requests["group"].fill_null(EVERY_AD).to_numpy(zero_copy_only=False)
-        listed = requests["eligible"].is_valid().to_numpy(zero_copy_only=False)
-        takes_out = np.bincount(out_owner, minlength=num) > 0
-        allowed: list[int | np.ndarray] = groups.tolist()
-        bounds, out_bounds = (np.searchsorted(of, np.arange(num + 1)) for of in (owner, out_owner))
-        for row in np.flatnonzero(listed | takes_out).tolist():
-            items = own[bounds[row]:bounds[row + 1]] if listed[row] else self.eligibility.items(int(groups[row]))
-            items = np.unique(items[items != NO_ITEM]) if listed[row] else items
-            allowed[row] = np.setdiff1d(items, excluded[out_bounds[row]:out_bounds[row + 1]], assume_unique=False)
-        return allowed, unknown_R
-
-    def _any_ad(self, allowed: int | np.ndarray) -> bool:
-        items = self.eligibility.items(allowed) if isinstance(allowed, int) else allowed
-        return bool(len(items)) and bool(self.trie.contains(torch.from_numpy(np.array(items))).any())
+        out_items = self.index_of(hash_strings(out_ids))
+        unknown_R = np.bincount(owner[items == NO_ITEM], minlength=num) + np.bincount(out_owner[out_items == NO_ITEM], minlength=num)
+        group_R = requests["group"].fill_null(EVERY_AD).to_numpy(zero_copy_only=False).astype(np.int64)
+        bounds, lists = np.searchsorted(owner, np.arange(num + 1)), {}
+        for row in np.flatnonzero(requests["eligible"].is_valid().to_numpy(zero_copy_only=False)).tolist():
+            own = np.unique(items[bounds[row]:bounds[row + 1]])
+            own = own[own != NO_ITEM]
+            group_R[row] = EVERY_AD - 1 - (xxhash.xxh3_64_intdigest(own.tobytes()) >> 2)
+            lists[int(group_R[row])] = own
+        known = out_items != NO_ITEM
+        return Wishes(group_R, lists, out_owner[known], out_items[known].astype(np.int64), unknown_R)
 
     def _micro_batches(self, lengths: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
         """Requests of similar length together, at most `micro_batch_tokens` and `micro_batch_requests` (one at least)."""
@@ -182,16 +195,18 @@ class Recommender:
             rows = rows[take:]
 
     @torch.no_grad()
-    def _decode(self, prompts: Prompts, rows: np.ndarray, allowed: list[int | np.ndarray],
+    def _decode(self, prompts: Prompts, rows: np.ndarray, wishes: "Wishes",
                 k_B: np.ndarray) -> list[tuple[list[int], list[float], list[float] | None]]:
-        search = self.settings.search
+        search_config = self.settings.search
         batch = prompts.batch(rows, self.semantic_ids.codes_NL)
-        decode = ModelDecoder(self.model, self.device, search.head)
+        decode = ModelDecoder(self.model, self.device, heads=search_config.heads)
         opening = decode.start(batch)
-        legal, group_B = self._legal(allowed)
-        step = partial(decode.step_log_probs, opening)
-        result = beam_search(step, self.trie, legal, group_B, search.beam_width, search.softmax, self.item_weight_M)
-        item_BK, score_BK = expand_items(result, self.trie, legal[-1], group_B, self.item_weight_M, int(k_B.max()), search.softmax)
+        self._lists = wishes.lists
+        legal, group_B = self._legal(torch.from_numpy(wishes.group_R[rows]))
+        eligible = Eligible.of(self.trie, legal, group_B, wishes.excluded(rows))
+        result = search(decode.searcher(opening), eligible, search_config, self.item_weight_M, request_id_B=batch.row_ids_B)
+        ranked = rank_items(result, eligible, self.item_weight_M, int(k_B.max()), search_config.softmax, order=self.settings.order)
+        item_BK, score_BK = ranked.item_BK, ranked.score_BK
         request_N, place_N = (item_BK >= 0).nonzero(as_tuple=True)
         values = self._values(opening, request_N, item_BK[request_N, place_N].cpu().numpy()) if self.calibration else None
         items, scores = item_BK[request_N, place_N].tolist(), score_BK[request_N, place_N].tolist()
@@ -202,19 +217,14 @@ class Recommender:
             answers.append((items[cut], scores[cut], None if values is None else values[cut]))
         return answers
 
-    def _legal(self, allowed: list[int | np.ndarray]) -> tuple[list[Tensor], Tensor]:
-        """Bitmaps of the distinct sets of ads of a micro-batch, and the set of each request."""
-        sets: dict[Any, int] = {}
-        group_B = [sets.setdefault(one if isinstance(one, int) else one.tobytes(), len(sets)) for one in allowed]
-        first = {group: number for number, group in reversed(list(enumerate(group_B)))}
-        lists = [allowed[first[group]] for group in range(len(sets))]
-        lists = [self.eligibility.items(one) if isinstance(one, int) else one for one in lists]
-        return self.trie.legal_nodes(lists), torch.tensor(group_B, device=self.device)
+    def _items(self, group: int) -> np.ndarray:
+        """Sorted catalogue indices of an eligibility group, or of a request's own list."""
+        return self._lists[group] if group < EVERY_AD else self.eligibility.items(group)
 
     def _values(self, opening: Any, request_N: Tensor, items_N: np.ndarray) -> list[float]:
         """Calibrated V_L of each (request, ad): the value head reads the ad's codes."""
         codes_NLD = self.model.codes(torch.from_numpy(self.semantic_ids.codes_NL[items_N].astype(np.int64)).to(self.device))
-        head_N = torch.full_like(request_N, self.settings.search.head)
+        head_N = torch.full_like(request_N, self.settings.search.heads[0])
         state_NLD = self.model.ptd(opening, task="generate", request_N=request_N, head_N=head_N, prefix_NlD=codes_NLD[:, :-1])
         predicted = self.model.hte(state_NLD, codes_NLD)[:, -1].double().cpu().numpy()
         return np.interp(predicted, *self.calibration[-1]).tolist()

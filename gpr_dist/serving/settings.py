@@ -5,7 +5,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from gpr_dist.config import Config
-from gpr_dist.decoding.beam_search import Softmax
+from gpr_dist.decoding.ranking import Order
+from gpr_dist.decoding.search import SearchConfig
 from gpr_dist.hashing import TIME_FEATURES
 
 
@@ -42,21 +43,26 @@ class RequestSettings(Config):
         return self
 
 
-class SearchSettings(Config):
-    """How the evaluated numbers were made."""
-
-    softmax: Softmax
-    """codes the search's softmax runs over, as in training"""
-    beam_width: int = Field(128, ge=1)
-    """prefixes kept per level, and the most ads an answer can have"""
-    head: int = Field(0, ge=0)
-    """MTP head that generates; 0 = the next ad"""
-
-
 class BundleSettings(Config):
     """The `settings` of bundle.json."""
 
     requests: RequestSettings
-    search: SearchSettings
+    """from a raw request to tokens"""
+    search: SearchConfig
+    """how ads are found; its last width is the most ads an answer can have"""
+    order: Order = "probability"
+    """how the ads found are ordered"""
     num_items: int
     catalogue_fingerprint: str
+
+    @property
+    def max_k(self) -> int:
+        """Most ads an answer can have."""
+        width = self.search.width
+        return width if isinstance(width, int) else width[-1]
+
+    @model_validator(mode="after")
+    def _check(self) -> "BundleSettings":
+        if self.order != "probability" and self.search.strategy != "value":
+            raise ValueError(f"order={self.order} needs search.strategy=value, which works out the value of every leaf")
+        return self
