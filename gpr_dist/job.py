@@ -37,6 +37,10 @@ class DataConfig(Config):
     """config of launch/fit_tokenizer.py, run first when the tokenizer is missing and the config's `data` and `out` are these two folders"""
     knowledge: Path | None = None
     """external knowledge of the users, made by launch/build_knowledge.py for these shards; none = the model has none"""
+    history: Path | None = None
+    """events of the users older than their rows, which a pointer can copy too; made when missing; none = only the rows themselves"""
+    history_events: int = Field(1024, ge=1)
+    """most events of a row's history, the latest ones"""
     softmax: Softmax = "prior"
     """codes the softmax runs over in training and search: all; legal = those legal at the request (the paper's); prior = the same with
     the log of each code's popularity added to its logit"""

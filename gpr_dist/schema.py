@@ -19,7 +19,7 @@ from gpr_dist.config import Config, build_config
 from gpr_dist.errors import ConfigError, DataError
 
 # B rows (journey segments)  T packed journey tokens  R requests  N targets (a request, a head and an ad)  L levels
-# P MTP heads  Fu / Fe categorical fields of a U / E token  Nu / Ne U / E tokens
+# P MTP heads  Fu / Fe categorical fields of a U / E token  Nu / Ne U / E tokens  X older events  M pairs (request, past event)
 
 SCHEMA_VERSION = 1
 NO_ITEM = -1
@@ -196,6 +196,38 @@ class KnowledgeManifest(Config):
             raise DataError(f"{path} cannot be read ({error}); make it with launch/build_knowledge.py") from None
 
 
+class HistoryRows(Config):
+    """Which events the users of one split's rows had before; found by the split's fingerprint."""
+
+    split: str
+    file: str
+    """.npy int64 [rows of the split, 2]: first and end among the events"""
+    num_rows: int
+
+
+class HistoryManifest(Config):
+    """`history.json` of a folder of users' events, written last (data_pipeline/history.py; read by gpr_dist/data/history.py)."""
+
+    schema_version: int = SCHEMA_VERSION
+    num_events: int
+    files: dict[str, str]
+    """item, time (s), action: .npy [events], by user and time; every file name ends with the xxh3_64 of its content"""
+    splits: dict[str, HistoryRows]
+    """by the fingerprint of the split's manifest"""
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "HistoryManifest":
+        """Raises: DataError when there is none, or it is damaged or of another version."""
+        path = Path(folder) / "history.json"
+        try:
+            values = json.loads(path.read_bytes())
+            if values.get("schema_version") != SCHEMA_VERSION:
+                raise DataError(f"{path}: schema version {values.get('schema_version')}, this code reads {SCHEMA_VERSION}; make it again")
+            return build_config(cls, values, str(path))
+        except (OSError, json.JSONDecodeError, AttributeError, ConfigError) as error:
+            raise DataError(f"{path} cannot be read ({error}); launch/pretrain.py makes it when it is missing") from None
+
+
 @dataclass(frozen=True)
 class Candidates:
     """What the item head's softmax runs over in one batch (gpr_dist/data/candidates.py)."""
@@ -244,6 +276,14 @@ class Batch:
     candidates: Candidates | None = None  # of the item head; None = the model has none
     noise_T: Tensor | None = None  # int64 key of each token and step for dropout; None = not for training
     knowledge_BmE: Tensor | None = None  # float32 [B, m, E], external knowledge of each row's user, 0 = none; None = the shards have none
+    past_offsets_B1: Tensor | None = None  # int64, row b's user has the events offsets[b]:offsets[b+1] older than the row; None = unknown
+    past_item_X: Tensor | None = None  # int64
+    past_codes_XL: Tensor | None = None  # int64
+    past_time_X: Tensor | None = None  # int64, seconds
+    past_action_X: Tensor | None = None  # int64
+    copy_request_M: Tensor | None = None  # int64 ascending: pairs (request, event) that may be repeated (data/past.py); None = no pointer
+    copy_source_M: Tensor | None = None  # int64, a token, or T + an older event
+    target_copy_NL2: Tensor | None = None  # int64, the pairs begin:end that repeat the target's first l codes
 
     @property
     def num_rows(self) -> int:

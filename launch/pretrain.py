@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from data_pipeline.build import BuildConfig, build_data
+from data_pipeline.history import build_history
 from data_pipeline.tokenize_items import FitTokenizerConfig, build_tokenizer
 from gpr_dist.config import load_config, parse_cli, to_yaml
 from gpr_dist.data.candidates import ItemCandidates
@@ -20,6 +21,7 @@ from gpr_dist.data.counts import count_ads
 from gpr_dist.data.eligibility import Eligibility
 from gpr_dist.data.legal import LegalCodes
 from gpr_dist.data.loader import build_loader
+from gpr_dist.data.past import PastItems
 from gpr_dist.data.reader import ShardReader
 from gpr_dist.data.sampler import World
 from gpr_dist.errors import ConfigError, DataError, run_cli
@@ -63,6 +65,13 @@ def prepare_tokenizer(config: DataConfig) -> None:
         build_tokenizer(fit)
 
 
+def prepare_history(config: PretrainConfig) -> None:
+    """Collect the users' events where a pointer wants them and they are missing."""
+    history = config.data.history
+    if config.model.pointer.width and history is not None and not (history / "history.json").exists():
+        build_history(config.data.folder, history)
+
+
 def check_resume(config: RunConfig) -> None:
     steps = checkpoint.list_steps(config.folder / config.name)
     if steps and not config.resume:
@@ -79,6 +88,7 @@ def main() -> int:
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     share_cpu_cores()
     together(lambda: prepare_shards(config.data), only_if=rank == 0)
+    together(lambda: prepare_history(config), only_if=rank == 0)
     prepare_tokenizer(config.data)
     config, semantic_ids, fingerprints = resolve(config)
     run = config.run.folder / config.run.name
@@ -88,11 +98,12 @@ def main() -> int:
     eligibility = Eligibility.load(config.data.folder)
     legal = open_legal_codes(engine, config, semantic_ids, eligibility)
     candidates = open_item_candidates(engine, config, semantic_ids, eligibility)
+    past = open_past(config, semantic_ids, eligibility)
     loader = build_loader(train_shards(config.data), config.data.loader, World(rank, world_size), semantic_ids.codes_NL,
-                          config.model.num_mtp_heads, legal, config.data.knowledge, candidates)
+                          config.model.num_mtp_heads, legal, config.data.knowledge, candidates, past)
     objective = mtp_objective(config.model.num_mtp_heads, config.value_loss_weight, config.head_weights,
                               item_loss_weight=config.item_loss_weight)
-    validate = open_validation(engine, config, semantic_ids, eligibility, objective, legal, candidates)
+    validate = open_validation(engine, config, semantic_ids, eligibility, objective, legal, candidates, past)
 
     restored = checkpoint.load_latest(engine, run, fingerprints)
     progress = Progress(**restored.state["progress"]) if restored else Progress()
@@ -145,8 +156,16 @@ def count_training_ads(engine: Engine, config: PretrainConfig, semantic_ids: Sem
     return engine.all_reduce(torch.from_numpy(mine)).cpu().numpy()
 
 
+def open_past(config: PretrainConfig, semantic_ids: SemanticIds, eligibility: Eligibility) -> PastItems | None:
+    """Finds what a request may repeat; none for a model without a pointer."""
+    if not config.model.pointer.width:
+        return None
+    return PastItems(semantic_ids.codes_NL, semantic_ids.codebook_size, eligibility, config.data.history, config.data.history_events)
+
+
 def open_validation(engine: Engine, config: PretrainConfig, semantic_ids: SemanticIds, eligibility: Eligibility, objective: Objective,
-                    legal: LegalCodes | None, candidates: ItemCandidates | None) -> Callable[[], dict[str, float]] | None:
+                    legal: LegalCodes | None, candidates: ItemCandidates | None,
+                    past: PastItems | None) -> Callable[[], dict[str, float]] | None:
     """What `fit` calls to validate; none without a validation split. Rank 0 counts popularity, the others read its file (collective)."""
     shards = split_shards(config.data)
     if not has_targets(Path(shards["validation"])):
@@ -156,7 +175,7 @@ def open_validation(engine: Engine, config: PretrainConfig, semantic_ids: Semant
     together(lambda: save_popularity(path, earlier, semantic_ids.num_items, config.validation.baselines), only_if=engine.rank == 0)
     catalogue = open_catalogue(semantic_ids, eligibility, np.load(path, allow_pickle=False), engine.device)
     return build_validation(engine, shards["validation"], catalogue, objective, config.validation, config.data.loader,
-                            config.model.num_mtp_heads, legal, config.data.softmax, config.data.knowledge, candidates)
+                            config.model.num_mtp_heads, legal, config.data.softmax, config.data.knowledge, candidates, past)
 
 
 def dry_run(config: PretrainConfig) -> int:

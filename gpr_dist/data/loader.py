@@ -25,6 +25,7 @@ from gpr_dist.data.candidates import ItemCandidates
 from gpr_dist.data.collate import JourneyColumns, collate
 from gpr_dist.data.knowledge import KnowledgeVectors
 from gpr_dist.data.legal import LegalCodes
+from gpr_dist.data.past import PastItems
 from gpr_dist.data.reader import ShardReader
 from gpr_dist.data.sampler import EpochPlan, Sampling, World, build_sampling, owned_streams, pack_in_order, pack_steps
 from gpr_dist.errors import DataError
@@ -229,12 +230,13 @@ class OnePass:
 
 
 def build_loader(folder: str | Path, config: LoaderConfig, world: World, codes_ML: np.ndarray, num_heads: int,
-                 legal: LegalCodes | None = None, knowledge: Path | None = None, candidates: ItemCandidates | None = None) -> Loader:
+                 legal: LegalCodes | None = None, knowledge: Path | None = None, candidates: ItemCandidates | None = None,
+                 past: PastItems | None = None) -> Loader:
     """Open a split (path or URI) for training.
 
     Args: codes_ML: semantic ID of each catalogue item, [num_items, L]; num_heads: MTP heads; legal: adds what the training softmax runs
         over (none = all codes); knowledge: folder of external knowledge (none = batches have none); candidates: of the item head (none =
-        the model has none).
+        the model has none); past: finds what requests may repeat (none = the model has no pointer).
     Raises: ConfigError for sizes that do not fit; DataError for a damaged or empty split, or codes or knowledge of other data.
     """
     sampling = build_sampling(config.seed, config.global_batch_size, world.size, config.micro_batch_tokens, config.num_streams,
@@ -243,23 +245,24 @@ def build_loader(folder: str | Path, config: LoaderConfig, world: World, codes_M
     if reader.manifest.num_rows == 0:
         raise DataError(f"{folder} has no journeys; check the time cut-offs of the build")
     _check_codes(reader, codes_ML)
-    make_batch = _batch_maker(reader, codes_ML, num_heads, legal, knowledge, candidates, config, counted=True)
+    make_batch = _batch_maker(reader, codes_ML, num_heads, legal, knowledge, candidates, past, config, counted=True)
     return Loader(reader, sampling, world, make_batch, config.prefetch_steps, config.read_threads, config.pack_threads)
 
 
 def iter_once(folder: str | Path, config: LoaderConfig, world: World, codes_ML: np.ndarray, num_heads: int,
               max_rows: int | None = None, legal: LegalCodes | None = None, knowledge: Path | None = None,
-              candidates: ItemCandidates | None = None) -> OnePass:
+              candidates: ItemCandidates | None = None, past: PastItems | None = None) -> OnePass:
     """Open a split for one deterministic pass, each row on exactly one rank; `max_rows`: only the first so many rows."""
     reader = ShardReader(folder, config.verify, config.on_corrupt, config.cache_dir)
     _check_codes(reader, codes_ML)
-    make_batch = _batch_maker(reader, codes_ML, num_heads, legal, knowledge, candidates, config, counted=False)
+    make_batch = _batch_maker(reader, codes_ML, num_heads, legal, knowledge, candidates, past, config, counted=False)
     return OnePass(reader, world, make_batch, config.micro_batch_tokens, max_rows)
 
 
 def _batch_maker(reader: ShardReader, codes_ML: np.ndarray, num_heads: int, legal: LegalCodes | None, knowledge: Path | None,
-                 candidates: ItemCandidates | None, config: LoaderConfig, counted: bool) -> MakeBatch:
+                 candidates: ItemCandidates | None, past: PastItems | None, config: LoaderConfig, counted: bool) -> MakeBatch:
     num_features = len(reader.manifest.user_features), len(reader.manifest.env_features)
+    history = None if past is None else past.open_history(reader.manifest)
     vectors = None if knowledge is None else KnowledgeVectors(knowledge, reader.manifest, config.verify)
 
     def make(journeys: JourneyColumns, rows: np.ndarray, draw: int | None) -> Batch:
@@ -270,6 +273,8 @@ def _batch_maker(reader: ShardReader, codes_ML: np.ndarray, num_heads: int, lega
             batch.noise_T = _noise_keys(batch, config.seed * 1_000_000_007 + draw)
         if candidates is not None:
             batch = candidates.add_to(batch, draw or 0)
+        if past is not None:
+            batch = past.add_to(batch, history)
         return batch if legal is None else legal.add_to(batch, counted)
 
     return make

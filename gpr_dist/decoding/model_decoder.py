@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gpr_dist.model.ptd import Opening
-from gpr_dist.schema import Batch
+from gpr_dist.schema import Batch, CopyMass
 
 # N prefixes, of requests in ascending order  V codes per level  D width  M (prefix, code) pairs
 
@@ -24,6 +24,10 @@ class ModelDecoder:
     def start(self, batch: Batch) -> Opening:
         self._batch = batch.to(self.device)
         return self.model(self._batch, task="encode", heads=self.heads)
+
+    def copy_mass(self, state: Opening) -> CopyMass | None:
+        """What each request of the batch may copy; none = the model has no pointer."""
+        return None if state.copying is None else state.copying.of_items(self._batch, self.head)
 
     def step_log_probs(self, state: Opening, request_index_N: Tensor, prefix_codes_Nl: Tensor) -> Tensor:
         head_N = torch.full_like(request_index_N, self.head)

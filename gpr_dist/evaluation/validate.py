@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from gpr_dist.config import Config
+from gpr_dist.data.candidates import ItemCandidates
 from gpr_dist.data.eligibility import Eligibility
 from gpr_dist.data.legal import LegalCodes
 from gpr_dist.data.loader import LoaderConfig, iter_once
+from gpr_dist.data.past import PastItems
 from gpr_dist.data.reader import ShardReader
 from gpr_dist.data.sampler import World
 from gpr_dist.decoding.beam_search import Softmax
@@ -85,11 +87,12 @@ def open_catalogue(semantic_ids: SemanticIds, eligibility: Eligibility, populari
 
 def build_validation(engine: Engine, shards: str | Path, catalogue: Catalogue, objective: Objective, config: ValidationConfig,
                      loader: LoaderConfig, num_heads: int, legal: LegalCodes | None, softmax: Softmax,
-                     knowledge: Path | None = None) -> Callable[[], dict[str, float]]:
+                     knowledge: Path | None = None, candidates: ItemCandidates | None = None,
+                     past: PastItems | None = None) -> Callable[[], dict[str, float]]:
     """The function `fit` calls: validation/loss and ranking metrics over `config.max_rows` journeys of a split (collective)."""
     world = World(engine.rank, engine.world_size)
     codes_ML = catalogue.semantic_ids.codes_NL
-    batches = iter_once(shards, loader, world, codes_ML, num_heads, config.max_rows, legal, knowledge)
+    batches = iter_once(shards, loader, world, codes_ML, num_heads, config.max_rows, legal, knowledge, candidates, past)
 
     @torch.no_grad()
     def validate() -> dict[str, float]:

@@ -17,6 +17,7 @@ from gpr_dist.model.hsd import HSD, HSDConfig
 from gpr_dist.model.hte import HTE
 from gpr_dist.model.items import Items, ItemsConfig
 from gpr_dist.model.knowledge import Knowledge, KnowledgeConfig
+from gpr_dist.model.pointer import Copying, Pointer, PointerConfig
 from gpr_dist.model.ptd import PTD, Intents, Opening, PTDConfig
 from gpr_dist.ops.noise import dropout, row_keys
 from gpr_dist.schema import Batch, Candidates
@@ -41,6 +42,8 @@ class GPRConfig(Config):
     """code decoder"""
     knowledge: KnowledgeConfig = KnowledgeConfig()
     """external knowledge, read by the code decoder"""
+    pointer: PointerConfig = PointerConfig()
+    """copying from the user's own past, beside generating"""
     num_levels: int = 3
     """levels L of a semantic ID (from the tokenizer)"""
     codebook_size: int = 256
@@ -85,6 +88,7 @@ class GPR(nn.Module):
         knowledge = Knowledge(config.width, config.knowledge) if config.knowledge.num_vectors else None
         self.ptd = PTD(config.width, config.num_mtp_heads, config.num_levels, config.ptd, knowledge)
         self.hte = HTE(config.width, config.num_levels)
+        self.pointer = Pointer(config.width, config.num_mtp_heads, config.pointer) if config.pointer.width else None
 
     def forward(self, batch: Batch, task: str = "train", **arguments: Any) -> Any:
         """train → GPROutput of the batch's targets; logits → theirs [N, L, V]; encode → Opening; decode → log p of the next code;
@@ -92,6 +96,12 @@ class GPR(nn.Module):
         tasks = {"train": self._train, "logits": self._logits, "encode": self._encode, "decode": self._decode, "values": self._values,
                  "rank_items": self._rank_items}
         return tasks[task](batch, **arguments)
+
+    def _copy(self, intents: Intents, batch: Batch) -> Copying | None:
+        if self.pointer is None:
+            return None
+        past_XD = None if batch.past_item_X is None else self.codes(batch.past_codes_XL).sum(1)
+        return Copying(*self.pointer(intents.hidden_TD, past_XD, batch))
 
     def _read(self, batch: Batch) -> tuple[Intents, Tensor | None]:
         hidden_TD, router = self.hsd(self.tokens(batch, self.codes, self.items if self.config.items.has_input else None), batch)
@@ -113,6 +123,8 @@ class GPR(nn.Module):
         noise_NL = None if batch.noise_T is None else _target_keys(batch, state_NLD.shape[1])
         read_NLD = dropout(state_NLD, self.config.ptd.head_dropout, self.training, noise_NL, salt=103)
         nll_NL = self.codes(read_NLD, task="nll", codes_NL=batch.target_codes_NL, offset_NLV=batch.target_offset_NLV)
+        if copying := self._copy(opening.intents, batch):
+            nll_NL = copying.mixed_nll(nll_NL, batch)
         refining_N = None
         if self.config.ptd.refining:
             refining_N = self.ptd(opening, task="refine", request_N=batch.target_request_N, head_N=batch.target_head_N,
@@ -140,7 +152,9 @@ class GPR(nn.Module):
         intents, _ = self._read(batch)
         head_H = torch.tensor(range(self.config.num_mtp_heads) if heads is None else heads, device=intents.hidden_TD.device)
         request_R = torch.arange(len(batch.request_row_R), device=head_H.device)
-        return self.ptd(intents, task="open", request_Q=request_R.repeat_interleave(len(head_H)), head_Q=head_H.repeat(len(request_R)))
+        opening = self.ptd(intents, task="open", request_Q=request_R.repeat_interleave(len(head_H)), head_Q=head_H.repeat(len(request_R)))
+        opening.copying = self._copy(intents, batch)
+        return opening
 
     def _decode(self, batch: Batch, opening: Opening, request_N: Tensor, head_N: Tensor, prefix_Nl: Tensor,
                 with_state: bool = False) -> Tensor | tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gpr_dist.config import Config
 from gpr_dist.model.knowledge import Knowledge
+from gpr_dist.model.pointer import Copying
 from gpr_dist.model.refining import Refiner, clean
 from gpr_dist.ops.attention import Implementation, Spans, hybrid_attention, intent_spans
 from gpr_dist.schema import Batch
@@ -80,6 +81,7 @@ class Opening:
     caches: list[Cache]  # of each block
     condition_QD: Tensor  # C of the refiner
     place_RP: Tensor  # of the opening of a request and head among the Q; -1 = none
+    copying: Copying | None = None  # of the batch's requests, from a model with a pointer
 
 
 class PTDBlock(nn.Module):
