@@ -84,6 +84,9 @@ class PretrainConfig(Config):
     """quality during training"""
     tracker: TrackerConfig = TrackerConfig()
     """logging"""
+    init_from: Path | None = None
+    """start from these weights: a run folder, a step folder or a bundle of the same model and tokenizer; a run that has checkpoints of its
+    own goes on with them. None = random weights"""
 
     @model_validator(mode="after")
     def _check(self) -> "PretrainConfig":

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from gpr_dist.schema import write_atomic
 from gpr_dist.tokenizer.semantic_ids import SemanticIds
 from gpr_dist.training import checkpoint
 from gpr_dist.training.engine import Engine, init_distributed
+from gpr_dist.training.init_from import init_from
 from gpr_dist.training.loop import Objective, Progress, fit, measure_peak_flops
 from gpr_dist.training.objective import mtp_objective
 from gpr_dist.training.plots import plot_losses
@@ -109,16 +111,18 @@ def main() -> int:
     progress = Progress(**restored.state["progress"]) if restored else Progress()
     if restored:
         loader.load_state_dict(restored.state["loader"])
+    origin = open_origin(engine, config, fingerprints, restored)
     tracker = Tracker(config.tracker, run, config.model_dump(mode="json"), rank, config.train.schedule.num_steps, progress.step)
     if rank == 0:
         write_atomic(run / "config.yaml", to_yaml(config).encode())
         parameters = sum(count_parameters(config.model).values())
-        tracker.say(f"{'resuming ' + str(restored.folder) if restored else 'starting ' + str(run)}: {parameters:,} parameters, "
+        start = f"resuming {restored.folder}" if restored else f"starting {run}" + (f" from {origin['source']}" if origin else "")
+        tracker.say(f"{start}: {parameters:,} parameters, "
                     f"ZeRO-{config.engine.zero_stage} {config.engine.precision}, {world_size} rank(s) on {engine.device.type}, "
                     f"{loader.steps_per_epoch} steps per epoch")
         if validate is None:
             tracker.say(f"no validation: {split_shards(config.data)['validation']} does not exist or has no targets")
-    save_state = {"fingerprints": fingerprints, "config": config.model_dump(mode="json")}
+    save_state = {"fingerprints": fingerprints, "config": config.model_dump(mode="json"), "origin": origin}
     peak = measure_peak_flops(config.engine.precision, engine.device)
     try:
         fit(engine, loader, objective, config.train, config.model, run, tracker, progress, save_state, validate, peak)
@@ -130,6 +134,14 @@ def main() -> int:
         print(f"run folder: {run}\nloss curves: {plot_losses(run)}", flush=True)
     engine.close()
     return 0
+
+
+def open_origin(engine: Engine, config: PretrainConfig, fingerprints: dict[str, str],
+                restored: checkpoint.Restored | None) -> dict[str, Any] | None:
+    """Where the run's first weights came from, none = random ones; a fresh run takes them over here (collective)."""
+    if restored:
+        return restored.state.get("origin")
+    return init_from(engine, config.init_from, config.model, fingerprints) if config.init_from else None
 
 
 def open_legal_codes(engine: Engine, config: PretrainConfig, semantic_ids: SemanticIds, eligibility: Eligibility) -> LegalCodes | None:

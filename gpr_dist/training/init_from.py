@@ -20,8 +20,9 @@ from gpr_dist.training import checkpoint
 from gpr_dist.training.engine import Engine
 
 # settings that say how the network is computed or trained, not which network it is
-FREE_SETTINGS = frozenset({"hsd.dropout", "hsd.attention", "hsd.activation_checkpointing", "hsd.router_balance", "hsd.router_z",
-                           "ptd.attention"})
+FREE_SETTINGS = frozenset({"hsd.dropout", "embedding.dropout", "items.dropout", "items.head_dropout", "ptd.head_dropout", "hsd.attention",
+                           "ptd.attention", "hsd.activation_checkpointing", "hsd.router_balance", "hsd.router_z",
+                           "items.full_softmax_items", "items.num_sampled", "items.num_items"})
 CHECKED_FINGERPRINTS = ("tokenizer", "knowledge")
 
 
@@ -112,6 +113,10 @@ def check_same_model(weights: InitialWeights, model: GPRConfig, fingerprints: Ma
         if name not in free and theirs.get(name) != ours.get(name):
             raise CheckpointError(f"init_from {weights.source} has model.{name}={theirs.get(name)}, this job has model.{name}="
                                   f"{ours.get(name)}; set it to {theirs.get(name)}")
+    buckets, sizes = model.items.buckets, (weights.model.items.num_items, model.items.num_items)
+    if buckets and (buckets < sizes[0]) != (buckets < sizes[1]):  # a row of its own in one model, shared rows in the other
+        raise CheckpointError(f"init_from {weights.source} was trained on {sizes[0]} items, this job has {sizes[1]}, and model.items."
+                              f"buckets={buckets} lies between: rows would change their items; start from random weights")
     for name in sorted(weights.shapes.keys() | shapes.keys()):
         if weights.shapes.get(name) != shapes.get(name):
             raise CheckpointError(f"init_from {weights.source} has {name} of shape {weights.shapes.get(name)}, this job's model has "
