@@ -1,14 +1,19 @@
-"""Evaluate a checkpoint on a held-out split, beside popularity, personal frequency and a first-order Markov chain.
+"""Evaluate a checkpoint on a held-out split beside its baselines: a table, a JSON report and an HTML page.
 
 All rankers see the same requests, the same eligible ads and only what happened before each request. Works without a GPU and without
 DeepSpeed: the weights are read from a checkpoint of any world size.
+
+    python launch/evaluate.py checkpoint=runs/quickstart 'compare.baselines=[popularity, personal frequency, Markov chain, SASRec]'
+    python launch/evaluate.py checkpoint=runs/beauty compare.exclude_seen=true    # the protocol of the published leave-one-out tables
 """
 
 import json
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from pydantic import field_validator
 
 from gpr_dist.config import Config, build_config, parse_cli
 from gpr_dist.data.eligibility import Eligibility
@@ -16,18 +21,24 @@ from gpr_dist.data.loader import LoaderConfig, OnePass, iter_once
 from gpr_dist.data.reader import ShardReader
 from gpr_dist.data.sampler import World
 from gpr_dist.decoding.model_decoder import ModelDecoder
-from gpr_dist.errors import CheckpointError, run_cli
-from gpr_dist.evaluation.baselines import evaluate_baselines, popularity
-from gpr_dist.evaluation.evaluate import comparison_table, evaluate_generation
-from gpr_dist.evaluation.validate import ValidationConfig, has_targets, open_catalogue, open_journeys
+from gpr_dist.errors import ConfigError, run_cli
+from gpr_dist.evaluation.compare import GENERATIVE, MIX, CompareConfig, check_choices, leaves, open_requests, rank_all
+from gpr_dist.evaluation.evaluate import GenerativeRanker
+from gpr_dist.evaluation.exposure import read_advertisers
+from gpr_dist.evaluation.intervals import BootstrapConfig
+from gpr_dist.evaluation.names import check_names
+from gpr_dist.evaluation.rankings import Ranker, Requests
+from gpr_dist.evaluation.report import build_report, format_text
+from gpr_dist.evaluation.report_page import report_page
+from gpr_dist.evaluation.segments import target_features
+from gpr_dist.evaluation.trained import check_knowledge, find_checkpoint, load_model
+from gpr_dist.evaluation.validate import Catalogue, ValidationConfig, has_targets, open_catalogue
 from gpr_dist.evaluation.values import Values, calibrate, format_values, measure_values, predict_values
 from gpr_dist.job import DataConfig, split_shards
-from gpr_dist.model.gpr import GPR, GPRConfig
-from gpr_dist.schema import KnowledgeManifest, write_atomic
+from gpr_dist.model.gpr import GPR
+from gpr_dist.schema import write_atomic
 from gpr_dist.tokenizer.semantic_ids import SemanticIds
 from gpr_dist.training import checkpoint
-
-SPLITS = ("train", "validation", "test")
 
 
 class EvaluateConfig(Config):
@@ -43,14 +54,30 @@ class EvaluateConfig(Config):
     """external knowledge for that data; none = the run's"""
     split: Literal["validation", "test"] = "test"
     """what is held out"""
+    compare: CompareConfig = CompareConfig()
+    """baselines, mix, protocol"""
     baselines: bool = True
-    """evaluate the baselines too"""
+    """false = none, a short form of compare.baselines=[]"""
+    features: tuple[str, ...] | None = None
+    """user and environment features the report is broken down by; none = the user features"""
+    advertiser: str | None = None
+    """column of the catalogue that names an ad's advertiser; none = "advertiser", where there is one"""
     micro_batch_tokens: int = 16384
     """journey tokens encoded at once"""
     settings: ValidationConfig = ValidationConfig()
-    """cut-offs, beam, baselines"""
+    """cut-offs, beam, weights of the baselines"""
+    bootstrap: BootstrapConfig = BootstrapConfig()
+    """intervals"""
     out: Path | None = None
-    """JSON report; none = <run>/evaluation-<split>.json, on other data than the run's <run>/evaluation-<split>-<name of the data>.json"""
+    """JSON report, the page beside it; none = <run>/evaluation-<split>.json, on other data than the run's
+    <run>/evaluation-<split>-<name of the data>.json"""
+
+    @field_validator("settings")
+    @classmethod
+    def _check(cls, value: ValidationConfig) -> ValidationConfig:
+        if not value.ks or min(value.ks) < 1:
+            raise ValueError(f"ks={list(value.ks)} must be cut-offs >= 1")
+        return value
 
 
 def main() -> int:
@@ -60,38 +87,53 @@ def main() -> int:
     trained = build_config(DataConfig, state["config"]["data"], str(folder))
     data = trained if is_trained_data(config, trained) else DataConfig(folder=config.data)
     shards = split_shards(data)
+    manifest = ShardReader(shards[config.split]).manifest
     semantic_ids = SemanticIds.load(config.tokenizer or trained.tokenizer or data.folder / "tokenizer")
     semantic_ids.check_codebooks(state["fingerprints"]["tokenizer"], str(folder))
-    semantic_ids.check_catalogue(ShardReader(shards[config.split]).manifest.catalogue_fingerprint, shards[config.split])
+    semantic_ids.check_catalogue(manifest.catalogue_fingerprint, shards[config.split])
     knowledge = check_knowledge(config.knowledge or trained.knowledge, state, folder)
     out = config.out or report_path(config, folder, trained)
+    check_report(out, data.folder)
+    features = manifest.user_features if config.features is None else config.features
+    check_names("features", features, (*manifest.user_features, *manifest.env_features))
+    advertiser_I = read_advertisers(data.folder / "catalogue" / "catalogue.arrow", config.advertiser)
+    compare = config.compare if config.baselines else config.compare.model_copy(update={"baselines": ()})
+    model = load_model(folder, state["config"]["model"])
+    parts = check_choices(compare, config.settings, config.split, [GENERATIVE])
     if args.dry_run:
         print(f"would evaluate {folder} on the {config.split} split of {data.folder}, report in {out}")
         return 0
 
-    read = {split: shards[split] for split in SPLITS[: SPLITS.index(config.split) + 1]}
-    log = open_journeys(read, config.split, config.settings.max_rows)
-    counts_I = popularity(log, semantic_ids.num_items, config.settings.baselines)
-    catalogue = open_catalogue(semantic_ids, Eligibility.load(data.folder), counts_I, "cpu")
-    model = load_model(folder, state["config"]["model"])
+    requests = open_requests(shards, config.split, semantic_ids.num_items, config.settings, compare.exclude_seen, config.settings.max_rows)
+    catalogue = open_catalogue(semantic_ids, Eligibility.load(data.folder), requests.popularity_I, "cpu")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     catalogue.trie = catalogue.trie.to(device)
 
-    def batches(split: str) -> OnePass:
+    def batches(split: str, max_rows: int | None = config.settings.max_rows) -> OnePass:
         return iter_once(shards[split], LoaderConfig(micro_batch_tokens=config.micro_batch_tokens), World(0, 1), semantic_ids.codes_NL,
-                         model.config.num_mtp_heads, config.settings.max_rows, knowledge=knowledge)
+                         model.config.num_mtp_heads, max_rows, knowledge=knowledge)
 
-    decode = ModelDecoder(model.to(device), device)
-    results = {f"GPR {folder.name}": evaluate_generation(
-        decode, batches(config.split), catalogue.trie, catalogue.eligibility, catalogue.item_weight, config.settings.ks,
-        config.settings.beam_width, trained.softmax)}
-    if config.baselines:
-        results |= evaluate_baselines(log, catalogue.eligibility, semantic_ids.num_items, config.settings.baselines, config.settings.ks)
-    values = None
+    rankers = open_rankers(model.to(device), device, catalogue, config.settings, trained)
+    mixed = rank_all(requests, config.split, rankers, parts, shards, batches, catalogue, config.settings, compare, folder.parent)
+    models = [*rankers, *([MIX] if mixed else [])]
+    values, head_score_N = None, {}
     if config.split == "test" and has_targets(Path(shards["validation"])):
-        values = evaluate_values(predict_values(model, batches("validation"), device), predict_values(model, batches("test"), device))
-    report(results, values, config, folder, data.folder, out)
+        predicted = predict_values(model, batches("test"), device)
+        values = evaluate_values(predict_values(model, batches("validation"), device), predicted)
+        head_score_N = score_targets(predicted, requests)
+    found = build_report(requests, models, catalogue.eligibility, leaves(catalogue), config.settings.ks, config.bootstrap,
+                         target_features(requests.log, manifest.user_features, manifest.env_features, features), advertiser_I, head_score_N)
+    write_report({"checkpoint": str(folder), "data": str(data.folder), "split": config.split, "models": models, "ks": config.settings.ks,
+                  "exclude_seen": compare.exclude_seen, "level": config.bootstrap.level, **found, "values": values, "mix": mixed,
+                  "settings": config.model_dump(mode="json")}, out)
     return 0
+
+
+def open_rankers(model: GPR, device: torch.device, catalogue: Catalogue, settings: ValidationConfig,
+                 trained: DataConfig) -> dict[str, Ranker]:
+    """The ways this model ranks, by name."""
+    return {GENERATIVE: GenerativeRanker(ModelDecoder(model, device), catalogue.trie, catalogue.eligibility, catalogue.item_weight,
+                                         max(settings.ks), settings.beam_width, trained.softmax)}
 
 
 def evaluate_values(validation: Values, test: Values) -> dict[str, Any] | None:
@@ -100,14 +142,14 @@ def evaluate_values(validation: Values, test: Values) -> dict[str, Any] | None:
     return measure_values(test, curves, float(validation.logged_N.mean())) if curves and len(test.logged_N) else None
 
 
-def check_knowledge(knowledge: Path | None, state: dict[str, Any], folder: Path) -> Path | None:
-    """The folder of external knowledge, if the model has any. Raises: CheckpointError when the model cannot read its vectors."""
-    wanted = state["fingerprints"].get("knowledge")
-    found = None if knowledge is None else KnowledgeManifest.load(knowledge).fingerprint
-    if found != wanted:
-        raise CheckpointError(f"{folder} was trained with knowledge {wanted}, {knowledge} has {found}: other vectors or another encoder; "
-                              "give knowledge made with the same encoder (embedding.source=same)")
-    return knowledge
+def score_targets(predicted: Values, requests: Requests) -> dict[str, np.ndarray]:
+    """V_L as a score of every target with a logged value; the predictions come in the log's order."""
+    log = requests.log
+    valued = np.isfinite(log.target_value_N)
+    assert np.array_equal(predicted.logged_N, log.target_value_N[valued]), "the predictions are of other targets than the log's"
+    score_N = np.full(len(valued), np.nan)
+    score_N[valued] = predicted.predicted_NL1[:, -1]
+    return {"value head V_L": score_N} if valued.any() else {}
 
 
 def is_trained_data(config: EvaluateConfig, trained: DataConfig) -> bool:
@@ -120,38 +162,33 @@ def report_path(config: EvaluateConfig, folder: Path, trained: DataConfig) -> Pa
     return folder.parent / f"evaluation-{config.split}{suffix}.json"
 
 
-def find_checkpoint(path: Path) -> Path:
-    """A step folder as given, or the newest intact one of a run folder. Raises: CheckpointError."""
-    if checkpoint.STEP_FOLDER.fullmatch(path.name):
-        problem = checkpoint.verify(path)
-        if problem:
-            raise CheckpointError(f"{path}: {problem}")
-        return path
-    for folder in reversed(checkpoint.list_steps(path)):
-        if checkpoint.verify(folder) is None:
-            return folder
-    raise CheckpointError(f"{path} has no complete checkpoint; train first, or give a step folder")
+def check_report(out: Path, data: Path) -> None:
+    """Raises: ConfigError when `out` is a file that is not a report on the same data, which would be lost."""
+    if out.exists():
+        try:
+            found = json.loads(out.read_bytes())["data"]
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"out={out} is there and is no evaluation report; choose another file") from None
+        if Path(found).resolve() != data.resolve():
+            raise ConfigError(f"out={out} is the report on {found}, not on {data}; choose another file")
 
 
-def load_model(folder: Path, config: dict[str, Any]) -> GPR:
-    """The model of a checkpoint, float32, in evaluation mode."""
-    model = GPR(build_config(GPRConfig, config, str(folder)))
-    model.load_state_dict(dict(checkpoint.iter_weights(folder)))
-    return model.eval()
-
-
-def report(results: dict[str, dict[str, float]], values: dict[str, Any] | None, config: EvaluateConfig, folder: Path, data: Path,
-           out: Path) -> None:
-    """Print the tables and write everything as JSON."""
-    document = {"checkpoint": str(folder), "data": str(data), "split": config.split, "results": results, "values": values}
-    write_atomic(out, json.dumps(document, indent=1).encode())
-    model = next(iter(results.values()))
-    print(f"\n{config.split} split of {data}: {model['num_requests']:.0f} requests, {model['num_targets']:.0f} ads, "
-          f"ranked among the ads eligible at each request\n")
-    print(comparison_table(results, config.settings.ks))
-    if values:
-        print(f"\n{format_values(values)}")
-    print(f"\nillegal items emitted: {model['illegal_items']:.0f}   {model['requests_per_s']:.0f} requests/s   report: {out}", flush=True)
+def write_report(report: dict[str, Any], out: Path) -> None:
+    """Print the tables, write JSON and page."""
+    page = out.with_suffix(".html")
+    write_atomic(out, json.dumps(report, indent=1).encode())
+    write_atomic(page, report_page(report).encode())
+    result = next(iter(report["results"].values()))
+    left_out = ", items met before left out" if report["exclude_seen"] else ""
+    print(f"\n{report['split']} split of {report['data']}: {result['num_requests']:,} requests, {result['num_targets']:,} ads,\n"
+          f"ranked among the ads eligible at each request{left_out}; ± half the {report['level']:.0%} interval\n")
+    print(format_text(report, report["models"], report["ks"]))
+    if report["mix"]:
+        print("\nmix: " + ", ".join(f"{weight:.2f} {name}" for name, weight in report["mix"]["weights"].items()) + ", chosen on validation")
+    if report["values"]:
+        print(f"\n{format_values(report['values'])}")
+    illegal = sum(each["illegal_items"] for each in report["results"].values())
+    print(f"\nillegal items emitted: {illegal}   {result['requests_per_s']:.0f} requests/s   report: {out}   page: {page}", flush=True)
 
 
 if __name__ == "__main__":

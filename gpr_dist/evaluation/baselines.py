@@ -1,34 +1,38 @@
 """What a model must beat: popularity, personal frequency, and a first-order Markov chain, under the model's eligibility.
 
-Owns recovering the events from the journeys and ranking every request of one split with what was known strictly before it. Counts
-shared by all users come from the earlier splits only (with leave-one-out splits those may hold other users' later events, as in the
-published protocols). Finding and reading the shards is the caller's. All events are held in memory, about 30 bytes each: for a
-larger log, hand in a sample of its users.
+Owns ranking every request of one split with what was known strictly before it. Counts shared by all users come from the earlier splits
+only (with leave-one-out splits those may hold other users' later events, as in the published protocols). The events are
+journey_log.py's, a trained baseline is sasrec.py's.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import torch
 from pydantic import Field
 from tqdm import tqdm
 
 from gpr_dist.config import Config
 from gpr_dist.data.eligibility import Eligibility
-from gpr_dist.errors import DataError
-from gpr_dist.evaluation.metrics import ranking_metrics, ranking_sums
-from gpr_dist.schema import TokenType
+from gpr_dist.evaluation.journey_log import JourneyLog, Lists, ranges
 
-# X events  R requests  N target events  r requests scored together  E eligible items, most popular first  M gathered entries
+# X events  R requests  r requests scored together  I catalogue items  E eligible items, most popular first  M gathered entries
 
-SPLITS = ("train", "validation", "test")
 SCORES_PER_CHUNK = 1 << 23  # r x E scores held at once
 DAY_S = 86_400
+TINY = 1e-30
 
-ScoreRequests = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
-"""(request numbers [r], column of each catalogue item or -1, E) -> scores [r, E]; equal scores are ordered by popularity."""
+ScoreRequests = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+"""(request numbers [r], eligible items [E], column of each catalogue item or -1) -> masses >= 0 [r, E], float64; a ranker's probability
+of an item is its share of the row. Equal masses are ordered by popularity."""
+
+
+class Ranking(NamedTuple):
+    """The first K items of every request under one ranker, best first."""
+
+    item_RK: np.ndarray  # int32 catalogue indices, -1 where the list ends
+    score_RK: np.ndarray  # float32 log-probabilities among the candidates, nats; -inf where the list ends
 
 
 class BaselineConfig(Config):
@@ -44,61 +48,9 @@ class BaselineConfig(Config):
     """pseudo-transitions from every item, distributed like popularity; chosen on November of The Complete Journey"""
     markov_items: int = Field(64, ge=1)
     """at most so many items of the user's last earlier moment predict the next ad"""
-
-
-@dataclass
-class JourneyLog:
-    """The events of all users in (user, time, item) order, and the requests of the evaluated split with their ads."""
-
-    user_X: np.ndarray  # int32
-    item_X: np.ndarray  # int32
-    time_X: np.ndarray  # int64, seconds
-    is_ad_X: np.ndarray  # bool
-    is_counted_X: np.ndarray  # bool: of a split before the evaluated one
-    request_user_R: np.ndarray  # int32
-    request_time_R: np.ndarray  # int64, seconds
-    request_group_R: np.ndarray  # int32, eligibility group
-    target_request_N: np.ndarray  # int64 into R
-    target_item_N: np.ndarray  # int32
-    user_ids: np.ndarray  # user_id of each user number
-
-
-def read_log(batches: Mapping[str, Iterable[pa.RecordBatch]], evaluated: str = "test", max_rows: int | None = None) -> JourneyLog:
-    """Recover the events and the requests of split `evaluated` from the journeys of it and of every earlier split.
-
-    Each split lists its own part of a journey once (positions from num_context up to the lookahead), so nothing counts twice.
-    Requests without a prediction site have no targets for the model and none here; their events remain history.
-
-    Args:
-        batches: split -> record batches of JOURNEY_SCHEMA, e.g. every `ShardReader.read_batch(number)` of its folder, in order.
-        max_rows: requests come from the first so many rows of the evaluated split only, as with `iter_once`; none = all.
-    Raises: DataError when a split is missing or has no request.
-    """
-    needed = SPLITS[: SPLITS.index(evaluated) + 1]
-    if missing := [split for split in needed if split not in batches]:
-        raise DataError(f"baselines on split {evaluated} need the splits {', '.join(needed)}; missing: {', '.join(missing)}")
-    user_ids, parts = [], []
-    num_rows = num_requests = 0
-    for split in needed:
-        is_evaluated = split == evaluated
-        rows_left = (np.iinfo(np.int64).max if max_rows is None else max_rows) if is_evaluated else 0
-        for batch in batches[split]:
-            part = _read_batch(batch, not is_evaluated, rows_left, num_rows, num_requests)
-            rows_left = max(0, rows_left - batch.num_rows)
-            user_ids.append(batch.column("user_id"))
-            parts.append(part)
-            num_rows, num_requests = num_rows + batch.num_rows, num_requests + len(part["request_row"])
-    if not num_requests:
-        raise DataError(f"split {evaluated} holds no request with targets; rebuild the shards with another cut")
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    encoded = pa.chunked_array(user_ids, pa.string()).combine_chunks().dictionary_encode()
-    user_of_row = encoded.indices.to_numpy()
-    user_X = user_of_row[columns["row"]]
-    order_X = np.lexsort((columns["item"], columns["time"], user_X))
-    return JourneyLog(user_X[order_X], *(columns[name][order_X] for name in ("item", "time", "is_ad", "is_counted")),
-                      request_user_R=user_of_row[columns["request_row"]], request_time_R=columns["request_time"],
-                      request_group_R=columns["request_group"], target_request_N=columns["target_request"],
-                      target_item_N=columns["target_item"], user_ids=encoded.dictionary.to_numpy(zero_copy_only=False))
+    personal_smoothing: float = Field(0.1, gt=0, lt=1)
+    """pseudo-events of every user, distributed like popularity: what personal frequency gives to items the user has not met, and less than
+    one event, so that those come after all others"""
 
 
 def popularity(log: JourneyLog, num_items: int, config: BaselineConfig) -> np.ndarray:
@@ -110,26 +62,26 @@ def popularity(log: JourneyLog, num_items: int, config: BaselineConfig) -> np.nd
     return np.bincount(item, weights=weight, minlength=num_items)
 
 
-def rank_by_popularity(log: JourneyLog, eligibility: Eligibility, popularity_I: np.ndarray, k: int, progress: bool = True) -> np.ndarray:
-    """The k most popular eligible items of each request, int32 [R, k], -1 where fewer are eligible."""
-    return _rank(log, eligibility, popularity_I, lambda rows, _, width: np.zeros((len(rows), width)), k, progress and "popularity")
+def popularity_scorer(log: JourneyLog, popularity_I: np.ndarray, config: BaselineConfig) -> ScoreRequests:
+    """Probability in proportion to popularity."""
+    return lambda rows, items_E, _: np.broadcast_to(popularity_I[items_E] + 1e-9, (len(rows), len(items_E)))
 
 
-def rank_by_personal_frequency(log: JourneyLog, eligibility: Eligibility, popularity_I: np.ndarray, k: int,
-                               progress: bool = True) -> np.ndarray:
-    """Eligible items by how often the user met them (as ads or organically) before the request, then by popularity; int32 [R, k]."""
-    first_R, end_R = _histories(log)
+def personal_scorer(log: JourneyLog, popularity_I: np.ndarray, config: BaselineConfig) -> ScoreRequests:
+    """By how often the user met an item (as an ad or organically) before the request, then by popularity."""
+    first_R, end_R = log.histories
+    share_I = popularity_I / max(popularity_I.sum(), 1e-300)
 
-    def score(rows: np.ndarray, column_of_item: np.ndarray, width: int) -> np.ndarray:
-        owner_M, event_M = _ranges(first_R[rows], end_R[rows])
-        return _add_up(owner_M, column_of_item[log.item_X[event_M]], None, len(rows), width)
+    def score(rows: np.ndarray, items_E: np.ndarray, column_of_item: np.ndarray) -> np.ndarray:
+        owner_M, event_M = ranges(first_R[rows], end_R[rows])
+        met_rE = _add_up(owner_M, column_of_item[log.item_X[event_M]], None, len(rows), len(items_E))
+        return met_rE + config.personal_smoothing * share_I[items_E]
 
-    return _rank(log, eligibility, popularity_I, score, k, progress and "personal frequency")
+    return score
 
 
-def rank_by_markov_chain(log: JourneyLog, eligibility: Eligibility, popularity_I: np.ndarray, config: BaselineConfig, k: int,
-                         progress: bool = True) -> np.ndarray:
-    """Eligible items by first-order transitions from the user's last items, smoothed by popularity; int32 [R, k].
+def markov_scorer(log: JourneyLog, popularity_I: np.ndarray, config: BaselineConfig) -> ScoreRequests:
+    """First-order transitions from the user's last items, smoothed by popularity.
 
     The predecessors of a request are the user's items at the last moment strictly before it. With n(p, i) the transitions from p to
     an ad i counted in the earlier splits, n(p) their sum, a the smoothing and q the share of popularity, an item scores
@@ -139,128 +91,89 @@ def rank_by_markov_chain(log: JourneyLog, eligibility: Eligibility, popularity_I
     share_I = popularity_I / max(popularity_I.sum(), 1e-300)
     offset_I, next_item, count = _count_transitions(log, num_items, config)
     total_I = np.diff(np.append(0, np.cumsum(count))[offset_I])
-    first_R, end_R = _last_items(log, *_histories(log), config.markov_items)
+    first_R, end_R = log.last_items(*log.histories, config.markov_items)
 
-    def score(rows: np.ndarray, column_of_item: np.ndarray, width: int) -> np.ndarray:
-        owner_M, event_M = _ranges(first_R[rows], end_R[rows])
+    def score(rows: np.ndarray, items_E: np.ndarray, column_of_item: np.ndarray) -> np.ndarray:
+        owner_M, event_M = ranges(first_R[rows], end_R[rows])
         item_M = log.item_X[event_M]
         back_off_r = np.bincount(owner_M, config.markov_smoothing / (total_I[item_M] + config.markov_smoothing), minlength=len(rows))
         back_off_r[end_R[rows] == first_R[rows]] = 1.0
-        pair_M, transition_M = _ranges(offset_I[item_M], offset_I[item_M + 1])
+        pair_M, transition_M = ranges(offset_I[item_M], offset_I[item_M + 1])
         probability_M = count[transition_M] / (total_I[item_M] + config.markov_smoothing)[pair_M]
-        scores_rE = _add_up(owner_M[pair_M], column_of_item[next_item[transition_M]], probability_M, len(rows), width)
-        share_E = np.empty(width)
-        is_eligible = column_of_item >= 0
-        share_E[column_of_item[is_eligible]] = share_I[is_eligible]
-        return scores_rE + back_off_r[:, None] * share_E
+        columns_M = column_of_item[next_item[transition_M]]
+        return _add_up(owner_M[pair_M], columns_M, probability_M, len(rows), len(items_E)) + back_off_r[:, None] * share_I[items_E]
 
-    return _rank(log, eligibility, popularity_I, score, k, progress and "Markov chain")
+    return score
 
 
-def evaluate_baselines(log: JourneyLog, eligibility: Eligibility, num_items: int, config: BaselineConfig,
-                       ks: Sequence[int] = (10, 100), progress: bool = True) -> dict[str, dict[str, float]]:
-    """HitR@K and NDCG@K of the three baselines on the requests of the log, by name."""
-    popularity_I, k = popularity(log, num_items, config), max(ks)
-    ranked = {
-        "popularity": rank_by_popularity(log, eligibility, popularity_I, k, progress),
-        "personal frequency": rank_by_personal_frequency(log, eligibility, popularity_I, k, progress),
-        "Markov chain": rank_by_markov_chain(log, eligibility, popularity_I, config, k, progress),
-    }
-    targets = torch.from_numpy(log.target_request_N), torch.from_numpy(log.target_item_N)
-    return {name: ranking_metrics(ranking_sums(torch.from_numpy(ranked_RK), *targets, ks)) for name, ranked_RK in ranked.items()}
+BASELINES: dict[str, Callable[[JourneyLog, np.ndarray, BaselineConfig], ScoreRequests]] = {
+    "popularity": popularity_scorer, "personal frequency": personal_scorer, "Markov chain": markov_scorer}
 
 
-def _read_batch(batch: pa.RecordBatch, is_counted: bool, asking_rows: int, first_row: int, first_request: int) -> dict[str, np.ndarray]:
-    """The events a batch lists for its split, and the requests of its first `asking_rows` rows; row and request numbers continue."""
-    length_B = np.diff(batch.column("item").offsets.to_numpy())
-    row_T = np.repeat(np.arange(batch.num_rows), length_B)
-    position_T = np.arange(len(row_T)) - (np.cumsum(length_B) - length_B)[row_T]
-    type_T, block_T, item_T, time_T = (batch.column(name).flatten().to_numpy() for name in ("token_type", "block", "item", "timestamp"))
-    num_context_B, num_lookahead_B = (batch.column(name).to_numpy() for name in ("num_context", "num_lookahead"))
-    is_fresh_T = (position_T >= num_context_B[row_T]) & (position_T < (length_B - num_lookahead_B)[row_T])
-    is_ad_T = type_T == TokenType.I
+def rank_requests(log: JourneyLog, eligibility: Eligibility, popularity_I: np.ndarray, score: ScoreRequests, k: int,
+                  seen: Lists | None = None, label: str | None = None) -> Ranking:
+    """Rank the eligible items of every request, one eligibility group after the other.
 
-    event = np.flatnonzero(is_fresh_T & (is_ad_T | (type_T == TokenType.O)))
-    target = np.flatnonzero(is_fresh_T & is_ad_T & (row_T < asking_rows))
-    row, block = row_T[target], block_T[target]
-    starts = np.ones(len(target), dtype=bool)  # the first ad of a request
-    starts[1:] = (row[1:] != row[:-1]) | (block[1:] != block[:-1])
-    request = np.cumsum(starts) - 1
-    has_site = position_T[target[starts]] > 0
-    kept = has_site[request]
-    request_row, request_block = row[starts][has_site], block[starts][has_site]
-    group_offset_B = batch.column("eligibility").offsets.to_numpy()
-    group_offset_B = group_offset_B[:-1] - group_offset_B[0]
-    return {
-        "row": row_T[event] + first_row,
-        "item": item_T[event],
-        "time": time_T[event],
-        "is_ad": is_ad_T[event],
-        "is_counted": np.full(len(event), is_counted),
-        "request_row": request_row + first_row,
-        "request_time": time_T[target[starts][has_site]],
-        "request_group": batch.column("eligibility").flatten().to_numpy()[group_offset_B[request_row] + request_block],
-        "target_request": (np.cumsum(has_site) - 1)[request[kept]] + first_request,
-        "target_item": item_T[target[kept]],
-    }
-
-
-def _moments(log: JourneyLog) -> tuple[np.ndarray, np.ndarray]:
-    """(user, time) as one ascending int64 per event [X], and per request on the same scale [R]."""
-    times, rank = np.unique(np.concatenate([log.time_X, log.request_time_R]), return_inverse=True)
-    user = np.concatenate([log.user_X, log.request_user_R]).astype(np.int64)
-    moment = user * len(times) + rank
-    return moment[: len(log.user_X)], moment[len(log.user_X) :]
-
-
-def _histories(log: JourneyLog) -> tuple[np.ndarray, np.ndarray]:
-    """Of each request, the user's events strictly before it: first [R] and end [R] into X."""
-    moment_X, moment_R = _moments(log)
-    return np.searchsorted(log.user_X, log.request_user_R), np.searchsorted(moment_X, moment_R)
-
-
-def _last_items(log: JourneyLog, first: np.ndarray, end: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of histories first:end, the part at the last moment, at most `limit` events (the highest item indices)."""
-    moment_X, _ = _moments(log)
-    start = np.searchsorted(moment_X, moment_X[np.maximum(end - 1, 0)])
-    return np.where(end > first, np.maximum(start, end - limit), end), end
-
-
-def _count_transitions(log: JourneyLog, num_items: int, config: BaselineConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """CSR of the counted ad events by predecessor: (offset [num_items + 1], next item, count)."""
-    ad_X = np.flatnonzero(log.is_ad_X & log.is_counted_X)
-    moment_X, _ = _moments(log)
-    end = np.searchsorted(moment_X, moment_X[ad_X])
-    first, end = _last_items(log, np.searchsorted(log.user_X, log.user_X[ad_X]), end, config.markov_items)
-    owner_M, event_M = _ranges(first, end)
-    pairs, count = np.unique(log.item_X[event_M].astype(np.int64) * num_items + log.item_X[ad_X[owner_M]], return_counts=True)
-    return np.searchsorted(pairs, np.arange(num_items + 1) * num_items), pairs % num_items, count
-
-
-def _rank(log: JourneyLog, eligibility: Eligibility, popularity_I: np.ndarray, score: ScoreRequests, k: int,
-          label: str | bool) -> np.ndarray:
-    """Rank the eligible items of every request, one eligibility group after the other; `label` names the progress bar, False = none."""
+    Args:
+        seen: of every request, items taken from its candidates; none = all eligible items are candidates.
+        label: of the progress bar; none = no bar.
+    """
     place_I = np.empty(len(popularity_I), dtype=np.int64)
     place_I[np.argsort(-popularity_I, kind="stable")] = np.arange(len(popularity_I))
     column_of_item = np.full(len(popularity_I), -1, dtype=np.int32)
-    ranked_RK = np.full((len(log.request_user_R), k), -1, dtype=np.int32)
+    ranked = Ranking(np.full((log.num_requests, k), -1, dtype=np.int32), np.full((log.num_requests, k), -np.inf, dtype=np.float32))
     order = np.argsort(log.request_group_R, kind="stable")
     groups, starts = np.unique(log.request_group_R[order], return_index=True)
-    with tqdm(total=len(order), desc=str(label), unit="request", mininterval=0.5, disable=not label) as bar:
+    with tqdm(total=len(order), desc=label, unit="request", mininterval=0.5, disable=label is None) as bar:
         for group, rows in zip(groups.tolist(), np.split(order, starts[1:]), strict=True):
             items_E = eligibility.items(group)
             items_E = items_E[np.argsort(place_I[items_E])]
             column_of_item[items_E] = np.arange(len(items_E))
             for chunk in np.array_split(rows, -(-len(rows) * len(items_E) // SCORES_PER_CHUNK) or 1):
-                top_rK = _top_columns(score(chunk, column_of_item, len(items_E)), k)
-                ranked_RK[chunk, : top_rK.shape[1]] = items_E[top_rK]
+                mass_rE = score(chunk, items_E, column_of_item)
+                if seen is not None:
+                    mass_rE = _without(mass_rE, chunk, column_of_item, seen)
+                column_rK, mass_rK = _top_columns(mass_rE, k)
+                total_r1 = np.maximum(mass_rE, 0).sum(axis=1, keepdims=True)
+                log_share_rK = np.log(np.maximum(mass_rK, TINY)) - np.log(np.maximum(total_r1, TINY))
+                is_candidate, width = mass_rK >= 0, column_rK.shape[1]
+                ranked.item_RK[chunk, :width] = np.where(is_candidate, items_E[column_rK], -1)
+                ranked.score_RK[chunk, :width] = np.where(is_candidate, log_share_rK, -np.inf)
             column_of_item[items_E] = -1
             bar.update(len(rows))
-    return ranked_RK
+    return ranked
 
 
-def _top_columns(score_rE: np.ndarray, k: int) -> np.ndarray:
-    """Columns of the k largest scores (all of them if E < k), best first, equal scores in column order; int64 [r, min(k, E)]."""
+def rank_baselines(names: tuple[str, ...], log: JourneyLog, eligibility: Eligibility, popularity_I: np.ndarray, config: BaselineConfig,
+                   k: int, seen: Lists | None = None, progress: bool = True) -> dict[str, Ranking]:
+    """Rankings of baselines of `BASELINES`, by name."""
+    rank = partial(rank_requests, log, eligibility, popularity_I, k=k, seen=seen)
+    return {name: rank(BASELINES[name](log, popularity_I, config), label=name if progress else None) for name in names}
+
+
+def _count_transitions(log: JourneyLog, num_items: int, config: BaselineConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """CSR of the counted ad events by predecessor: (offset [num_items + 1], next item, count)."""
+    ad_X = np.flatnonzero(log.is_ad_X & log.is_counted_X)
+    moment_X, _ = log.moments
+    end = np.searchsorted(moment_X, moment_X[ad_X])
+    first, end = log.last_items(np.searchsorted(log.user_X, log.user_X[ad_X]), end, config.markov_items)
+    owner_M, event_M = ranges(first, end)
+    pairs, count = np.unique(log.item_X[event_M].astype(np.int64) * num_items + log.item_X[ad_X[owner_M]], return_counts=True)
+    return np.searchsorted(pairs, np.arange(num_items + 1) * num_items), pairs % num_items, count
+
+
+def _without(mass_rE: np.ndarray, rows: np.ndarray, column_of_item: np.ndarray, seen: Lists) -> np.ndarray:
+    """A copy with the mass -1 at seen items, which are no candidates."""
+    owner_M, entry_M = ranges(seen.offset_R1[rows], seen.offset_R1[rows + 1])
+    column_M = column_of_item[seen.item_M[entry_M]]
+    kept = column_M >= 0
+    mass_rE = np.array(mass_rE)
+    mass_rE[owner_M[kept], column_M[kept]] = -1
+    return mass_rE
+
+
+def _top_columns(score_rE: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k largest scores (all of them if E < k), best first, equal scores in column order: (columns int64, scores), [r, min(k, E)]."""
     num_rows, width = score_rE.shape
     if k < width:
         threshold_r1 = np.partition(score_rE, width - k, axis=1)[:, width - k, None]
@@ -270,15 +183,9 @@ def _top_columns(score_rE: np.ndarray, k: int) -> np.ndarray:
         column_rK = np.nonzero(chosen_rE)[1].reshape(num_rows, k)
     else:
         column_rK = np.broadcast_to(np.arange(width), (num_rows, width))
-    order_rK = np.argsort(-np.take_along_axis(score_rE, column_rK, axis=1), axis=1, kind="stable")
-    return np.take_along_axis(column_rK, order_rK, axis=1)
-
-
-def _ranges(first: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The integers of every range first:end one after the other: (which range [M], integer [M])."""
-    length = end - first
-    owner_M = np.repeat(np.arange(len(length)), length)
-    return owner_M, np.arange(len(owner_M)) + (first - np.cumsum(length) + length)[owner_M]
+    score_rK = np.take_along_axis(score_rE, column_rK, axis=1)
+    order_rK = np.argsort(-score_rK, axis=1, kind="stable")
+    return np.take_along_axis(column_rK, order_rK, axis=1), np.take_along_axis(score_rK, order_rK, axis=1)
 
 
 def _add_up(owner_M: np.ndarray, column_M: np.ndarray, weight_M: np.ndarray | None, num_rows: int, width: int) -> np.ndarray:

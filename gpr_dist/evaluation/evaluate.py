@@ -1,21 +1,25 @@
-"""Evaluation of a generative model: beam search over the eligible semantic IDs of every request, then HitR@K and NDCG@K per item.
+"""Rankings of a generative model: beam search over the eligible semantic IDs of every request, then the items of the best ones.
 
 The model is an object handed in (`Decoder`), so this file knows no architecture. All ranks call the model equally often, whatever
-their batches hold, which ZeRO-3 needs; the sums of all ranks are added at the end.
+their batches hold, which ZeRO-3 needs. `evaluate_generation` is what the training loop measures: HitR@K and NDCG@K, summed over ranks.
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from gpr_dist.data.eligibility import Eligibility
-from gpr_dist.decoding.beam_search import Softmax, beam_search, expand_items
-from gpr_dist.decoding.trie import LegalCache, Trie
+from gpr_dist.decoding.beam_search import Softmax, beam_search
+from gpr_dist.decoding.legality import Eligible, LegalCache
+from gpr_dist.decoding.ranking import rank_items
+from gpr_dist.decoding.trie import Trie
+from gpr_dist.evaluation.journey_log import Lists
 from gpr_dist.evaluation.metrics import add_sums, ranking_metrics, ranking_sums
 from gpr_dist.schema import Batch
 
@@ -34,6 +38,54 @@ class Decoder(Protocol):
         """Log-softmax over all codes of level l, [N, V], of requests (int64 into the batch's R, ascending); N may be 0."""
 
 
+class GenerativeRanker:
+    """Ranks the requests of batch after batch (an `evaluation.rankings.Ranker`)."""
+
+    def __init__(self, decode: Decoder, trie: Trie, eligibility: Eligibility, item_weight: Tensor, k: int,
+                 beam_width: int | Sequence[int] = 128, normalise: Softmax = "all", chunk_requests: int = 64,
+                 all_reduce: AllReduce | None = None) -> None:
+        """Args:
+            trie: on the model's device. item_weight: [catalogue items] >= 0, e.g. popularity; splits a leaf's probability among its
+                items, and is the prior of normalise="prior".
+            k: length of the lists.
+            chunk_requests: requests decoded together. A batch takes as many chunks as the rank with the most requests in its batch needs.
+            all_reduce: adds up or maximises a tensor over the ranks; None in a single process.
+        """
+        self.trie, self.k = trie, k
+        self._decode, self._beam_width, self._normalise, self._chunk_requests = decode, beam_width, normalise, chunk_requests
+        self._legal_cache = LegalCache(trie, eligibility.items)
+        self._item_weight_M = trie.slot_weights(item_weight)
+        self._reduce = all_reduce or (lambda tensor, _: tensor)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, seen: Lists | None = None) -> tuple[Tensor, Tensor]:
+        """(item_RK int64, score_RK float32 log-probabilities), on the CPU; -1 and -inf where a list ends. Collective.
+
+        Args: seen: items that are no candidates, per request.
+        """
+        state = self._decode.start(batch)
+        groups_R = batch.request_eligibility_R.to(self.trie.device)
+        num_chunks = torch.tensor(-(-groups_R.numel() // self._chunk_requests), device=self.trie.device)
+        items, scores = [torch.empty(0, self.k, dtype=torch.long)], [torch.empty(0, self.k)]
+        for chunk in range(int(self._reduce(num_chunks, "max"))):
+            first = min(chunk * self._chunk_requests, groups_R.numel())  # past the end: no request, the model is called all the same
+            legal, request_group_B = self._legal_cache(groups_R[first : first + self._chunk_requests])
+            exclude = None if seen is None else _pairs(seen.of(first, first + request_group_B.numel()), self.trie.device)
+            step = partial(_step, self._decode, state, first)
+            result = beam_search(step, self.trie, legal, request_group_B, self._beam_width, self._normalise, self._item_weight_M, exclude)
+            eligible = Eligible.of(self.trie, legal, request_group_B, exclude)
+            ranked = rank_items(result, eligible, self._item_weight_M, self.k, self._normalise)
+            items.append(ranked.item_BK.cpu())
+            scores.append(ranked.score_BK.cpu())
+        return torch.cat(items), torch.cat(scores)
+
+
+def _pairs(seen: Lists, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(request, item) of every entry."""
+    request = np.repeat(np.arange(len(seen.offset_R1) - 1), np.diff(seen.offset_R1))
+    return torch.from_numpy(request).to(device), torch.from_numpy(seen.item_M.astype(np.int64)).to(device)
+
+
 @torch.no_grad()
 def evaluate_generation(decode: Decoder, batches: Iterable[Batch], trie: Trie, eligibility: Eligibility, item_weight: Tensor,
                         ks: Sequence[int] = (10, 100), beam_width: int | Sequence[int] = 128,
@@ -41,35 +93,20 @@ def evaluate_generation(decode: Decoder, batches: Iterable[Batch], trie: Trie, e
                         all_reduce: AllReduce | None = None, progress: bool = True) -> dict[str, float]:
     """Rank the eligible items of every request and compare with the ads that were shown (the targets of head 0).
 
-    Args:
+    Args: as of `GenerativeRanker`, and
         batches: the evaluated split; every rank must hand in equally many (they may be empty).
-        trie: on the model's device. item_weight: [catalogue items] >= 0, e.g. popularity; splits a leaf's
-            probability among its items, and is the prior of normalise="prior".
-        chunk_requests: requests decoded together. A batch takes as many chunks as the rank with the most requests in its batch needs.
-        all_reduce: adds up or maximises a tensor over the ranks; None in a single process.
     Returns: hitr@k, ndcg@k per target event; num_requests, num_targets; eligible_target_frac: share of targets that could be ranked;
         illegal_items: ranked items that are not eligible (0, or the search is broken); seconds (slowest rank); requests_per_s.
     """
     started = time.perf_counter()
+    rank = GenerativeRanker(decode, trie, eligibility, item_weight, max(ks), beam_width, normalise, chunk_requests, all_reduce)
     reduce = all_reduce or (lambda tensor, _: tensor)
-    legal_cache = LegalCache(trie, eligibility.items)
-    item_weight_M = trie.slot_weights(item_weight)
     no_ids = torch.empty(0, dtype=torch.long)
     sums = [_batch_sums(torch.empty(0, max(ks), dtype=torch.long), no_ids, no_ids, no_ids, trie, eligibility, ks)]
     for batch in tqdm(batches, desc="evaluate", unit="batch", mininterval=0.5, disable=not progress):
-        state = decode.start(batch)
-        groups_R = batch.request_eligibility_R.to(trie.device)
-        num_chunks = torch.tensor(-(-groups_R.numel() // chunk_requests), device=trie.device)
-        ranked = [torch.empty(0, max(ks), dtype=torch.long)]
-        for chunk in range(int(reduce(num_chunks, "max"))):
-            first = min(chunk * chunk_requests, groups_R.numel())  # past the end: no request, the model is called all the same
-            legal, request_group_B = legal_cache(groups_R[first : first + chunk_requests])
-            step = partial(_step, decode, state, first)
-            result = beam_search(step, trie, legal, request_group_B, beam_width, normalise, item_weight_M)
-            ranked.append(expand_items(result, trie, legal[-1], request_group_B, item_weight_M, max(ks), normalise)[0].cpu())
         shown = batch.target_head_N == 0
         targets = batch.target_request_N[shown].cpu(), batch.target_item_N[shown].cpu()
-        sums.append(_batch_sums(torch.cat(ranked), groups_R.cpu(), *targets, trie, eligibility, ks))
+        sums.append(_batch_sums(rank(batch)[0], batch.request_eligibility_R.cpu(), *targets, trie, eligibility, ks))
     total = add_sums(sums)
     reduced = reduce(torch.stack(list(total.values())).to(trie.device), "sum").tolist()
     metrics = ranking_metrics(dict(zip(total, reduced, strict=True)))
@@ -77,17 +114,6 @@ def evaluate_generation(decode: Decoder, batches: Iterable[Batch], trie: Trie, e
     metrics["seconds"] = float(reduce(torch.tensor(time.perf_counter() - started, device=trie.device), "max"))
     metrics["requests_per_s"] = metrics["num_requests"] / metrics["seconds"]
     return metrics
-
-
-def comparison_table(results: Mapping[str, Mapping[str, float]], ks: Sequence[int] = (10, 100)) -> str:
-    """Fixed-width table of HitR@K and NDCG@K, one row per ranker in the order given (the model, then the baselines)."""
-    columns = [("HitR", k) for k in ks] + [("NDCG", k) for k in ks]
-    width = max(len(name) for name in [*results, "ranker"])
-    lines = ["  ".join(["ranker".ljust(width), *(f"{metric}@{k}".rjust(8) for metric, k in columns)])]
-    lines.append("-" * len(lines[0]))
-    for name, metrics in results.items():
-        lines.append("  ".join([name.ljust(width), *(f"{metrics[f'{metric.lower()}@{k}']:8.4f}" for metric, k in columns)]))
-    return "\n".join(lines)
 
 
 def _step(decode: Decoder, state: Any, first: int, request_N: Tensor, prefix_codes_Nl: Tensor) -> Tensor:

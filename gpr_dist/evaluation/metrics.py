@@ -1,7 +1,7 @@
 """HitR@K and NDCG@K of ranked item lists, kept as sums and counts so that batches and ranks can be added up.
 
 Every target event counts once: an ad shown twice in one request is two events. A target that could not be ranked (not eligible,
-not encoded) stays in the denominator.
+not encoded) stays in the denominator. What launch/evaluate.py reports beyond that, with intervals, is measures.py's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,6 +12,7 @@ from torch import Tensor
 # R requests  N target events  K ranked items
 
 EVENTS_PER_CHUNK = 1 << 16
+ABSENT = torch.iinfo(torch.int64).max // 2
 
 
 def ranking_sums(ranked_RK: Tensor, target_request_N: Tensor, target_item_N: Tensor, ks: Sequence[int]) -> dict[str, Tensor]:
@@ -23,9 +24,7 @@ def ranking_sums(ranked_RK: Tensor, target_request_N: Tensor, target_item_N: Ten
     Returns: float64 scalars: num_targets, num_requests, and hitr@k, ndcg@k (sum over events) for every k.
     """
     assert ranked_RK.shape[1] >= max(ks), f"{ranked_RK.shape[1]} ranked items, metrics up to {max(ks)}"
-    parts = [_rank(ranked_RK, requests, items) for requests, items in
-             zip(target_request_N.split(EVENTS_PER_CHUNK), target_item_N.split(EVENTS_PER_CHUNK), strict=True)]
-    rank_N = torch.cat(parts)
+    rank_N = target_ranks(ranked_RK, target_request_N, target_item_N)
     gain_N = 1 / torch.log2(rank_N.double() + 1)
     sums = {"num_targets": rank_N.new_tensor(rank_N.numel()), "num_requests": rank_N.new_tensor(ranked_RK.shape[0])}
     for k in ks:
@@ -50,7 +49,13 @@ def add_sums(sums: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([part[name] for part in sums]).sum() for name in sums[0]}
 
 
+def target_ranks(ranked_RK: Tensor, target_request_N: Tensor, target_item_N: Tensor) -> Tensor:
+    """1-based rank of each event's item in its request's list, int64 [N]; `ABSENT`, beyond any list, where it is not in it."""
+    parts = [_rank(ranked_RK, requests, items) for requests, items in
+             zip(target_request_N.split(EVENTS_PER_CHUNK), target_item_N.split(EVENTS_PER_CHUNK), strict=True)]
+    return torch.cat(parts)
+
+
 def _rank(ranked_RK: Tensor, target_request_N: Tensor, target_item_N: Tensor) -> Tensor:
-    """1-based rank of each event's item in its request's list, int64 [N]; a number beyond any list where it is absent."""
     is_target_NK = ranked_RK[target_request_N] == target_item_N.unsqueeze(1)
-    return torch.where(is_target_NK.any(dim=1), is_target_NK.int().argmax(dim=1) + 1, torch.iinfo(torch.int64).max // 2)
+    return torch.where(is_target_NK.any(dim=1), is_target_NK.int().argmax(dim=1) + 1, ABSENT)

@@ -21,8 +21,9 @@ from gpr_dist.data.sampler import World
 from gpr_dist.decoding.beam_search import Softmax
 from gpr_dist.decoding.model_decoder import ModelDecoder
 from gpr_dist.decoding.trie import Trie
-from gpr_dist.evaluation.baselines import BaselineConfig, JourneyLog, popularity, read_log
+from gpr_dist.evaluation.baselines import BaselineConfig, popularity
 from gpr_dist.evaluation.evaluate import evaluate_generation
+from gpr_dist.evaluation.journey_log import JourneyLog, read_log
 from gpr_dist.schema import EVERY_AD, ShardManifest, write_atomic
 from gpr_dist.tokenizer.semantic_ids import SemanticIds
 from gpr_dist.training.engine import Engine
@@ -67,7 +68,10 @@ def open_journeys(shards: Mapping[str, str | Path], evaluated: str, max_rows: in
     def batches(reader: ShardReader) -> Iterator[pa.RecordBatch]:
         return (reader.read_batch(number) for number in range(reader.num_batches))
 
-    return read_log({split: batches(ShardReader(folder)) for split, folder in shards.items()}, evaluated, max_rows)
+    readers = {split: ShardReader(folder) for split, folder in shards.items()}
+    manifest = readers[evaluated].manifest
+    return read_log({split: batches(reader) for split, reader in readers.items()}, evaluated, max_rows,
+                    (len(manifest.user_features), len(manifest.env_features)))
 
 
 def save_popularity(path: Path, shards: Mapping[str, str | Path], num_items: int, config: BaselineConfig) -> None:

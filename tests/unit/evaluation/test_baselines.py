@@ -9,16 +9,8 @@ import pytest
 from gpr_dist.data.eligibility import Eligibility
 from gpr_dist.errors import DataError
 from gpr_dist.evaluation import baselines
-from gpr_dist.evaluation.baselines import (
-    DAY_S,
-    BaselineConfig,
-    evaluate_baselines,
-    popularity,
-    rank_by_markov_chain,
-    rank_by_personal_frequency,
-    rank_by_popularity,
-    read_log,
-)
+from gpr_dist.evaluation.baselines import BASELINES, DAY_S, BaselineConfig, popularity, rank_baselines, rank_requests
+from gpr_dist.evaluation.journey_log import read_log
 from gpr_dist.schema import EVERY_AD, JOURNEY_SCHEMA, NO_ITEM, TokenType
 
 NUM_ITEMS, K = 25, 6
@@ -72,9 +64,14 @@ def to_batches(users, with_env=True, rows_per_batch=5):
                 rows.append({"user_id": user, "num_context": num_context, "num_lookahead": len(later),
                              "token_type": [token[0] for token in tokens], "item": [token[1] for token in tokens],
                              "timestamp": [token[2] for token in tokens], "block": blocks, "eligibility": groups})
-        rows = [{field.name: [] for field in JOURNEY_SCHEMA if pa.types.is_list(field.type)} | row for row in rows]
+        rows = [{field.name: [] for field in JOURNEY_SCHEMA if pa.types.is_list(field.type)}
+                | {name: [0] * len(row["item"]) for name in ("action", "scene", "value", "pctr", "pcvr")} | row for row in rows]
         batches[split] = pa.Table.from_pylist(rows, schema=JOURNEY_SCHEMA).to_batches(max_chunksize=rows_per_batch)
     return batches
+
+
+def rank(name, log, popular):
+    return rank_requests(log, eligibility(), popular, BASELINES[name](log, popular, CONFIG), K).item_RK
 
 
 def events_of(users):
@@ -151,7 +148,7 @@ def test_popularity_and_personal_frequency_equal_counting(seed, scores_per_chunk
     for split in ("test", "validation"):
         log = read_log(to_batches(users), split)
         popular = popularity(log, NUM_ITEMS, CONFIG)
-        ranked = ranked_by_key(log, rank_by_popularity(log, eligibility(), popular, K, progress=False))
+        ranked = ranked_by_key(log, rank("popularity", log, popular))
         assert ranked == expected_ranking(users, lambda *_: 0, split)
 
         events = list(events_of(users))
@@ -159,7 +156,7 @@ def test_popularity_and_personal_frequency_equal_counting(seed, scores_per_chunk
         def met(user, moment, item, events=events):
             return sum(event[:2] == (user, item) and event[2] < moment for event in events)
 
-        ranked = ranked_by_key(log, rank_by_personal_frequency(log, eligibility(), popular, K, progress=False))
+        ranked = ranked_by_key(log, rank("personal frequency", log, popular))
         assert ranked == expected_ranking(users, met, split)
 
 
@@ -188,16 +185,14 @@ def test_markov_chain_equals_counting(seed):
         return sum((transitions[p][item] + 2 * share) / (sum(transitions[p].values()) + 2) for p in predecessors) if predecessors else share
 
     log = read_log(to_batches(users))
-    ranked = rank_by_markov_chain(log, eligibility(), popularity(log, NUM_ITEMS, CONFIG), CONFIG, K, progress=False)
+    ranked = rank("Markov chain", log, popularity(log, NUM_ITEMS, CONFIG))
     assert ranked_by_key(log, ranked) == expected_ranking(users, score)
 
 
 def all_rankings(users):
     log = read_log(to_batches(users))
     popular = popularity(log, NUM_ITEMS, CONFIG)
-    return [ranked_by_key(log, ranked) for ranked in (rank_by_popularity(log, eligibility(), popular, K, False),
-                                                      rank_by_personal_frequency(log, eligibility(), popular, K, False),
-                                                      rank_by_markov_chain(log, eligibility(), popular, CONFIG, K, False))]
+    return [ranked_by_key(log, rank(name, log, popular)) for name in BASELINES]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -217,17 +212,37 @@ def test_events_at_or_after_a_request_change_none_of_its_rankings(seed):
     assert all(one != other for one, other in zip(before, all_rankings(earlier), strict=True))  # the past does matter
 
 
-def test_metrics_of_all_baselines_under_one_eligibility():
-    log = read_log(to_batches(random_users(0)))
-    results = evaluate_baselines(log, eligibility(), NUM_ITEMS, CONFIG, ks=(2, 5), progress=False)
-    assert list(results) == ["popularity", "personal frequency", "Markov chain"]
-    for metrics in results.values():
-        assert metrics["num_targets"] == len(log.target_item_N) and 0 < metrics["hitr@2"] <= metrics["hitr@5"] < 1
+@pytest.mark.parametrize("name", list(BASELINES))
+def test_scores_are_log_probabilities_among_the_candidates(name):
+    """With room for every candidate they add up to 1, and they fall along the list; seen items are no candidates."""
+    log = read_log(to_batches(random_users(4)))
+    popular = popularity(log, NUM_ITEMS, CONFIG)
+    for seen in (None, log.seen()):
+        ranking = rank_requests(log, eligibility(), popular, BASELINES[name](log, popular, CONFIG), NUM_ITEMS + 2, seen)
+        probability_RK = np.exp(ranking.score_RK.astype(np.float64))
+        assert (np.diff(probability_RK, axis=1) <= 1e-7).all() and ((ranking.item_RK >= 0) == (ranking.score_RK > -np.inf)).all()
+        for request, row in enumerate(ranking.item_RK):
+            candidates = set(np.asarray(eligible_items(log.request_group_R[request])).tolist())
+            if seen is not None:
+                candidates -= set(seen.of(request, request + 1).item_M.tolist())
+            assert set(row[row >= 0].tolist()) == candidates
+            assert probability_RK[request].sum() == pytest.approx(1 if candidates else 0, abs=1e-5)
+
+
+def test_excluding_seen_items_leaves_the_order_of_the_others():
+    log = read_log(to_batches(random_users(1)))
+    popular, seen = popularity(log, NUM_ITEMS, CONFIG), log.seen()
+    for name in BASELINES:
+        whole = rank_baselines((name,), log, eligibility(), popular, CONFIG, NUM_ITEMS, progress=False)[name].item_RK
+        left = rank_baselines((name,), log, eligibility(), popular, CONFIG, K, seen, progress=False)[name].item_RK
+        for request, (before, after) in enumerate(zip(whole, left, strict=True)):
+            out = seen.of(request, request + 1).item_M
+            assert after[after >= 0].tolist() == [item for item in before[before >= 0] if item not in out][:K]
 
 
 def test_missing_splits_and_requests_are_named():
     batches = to_batches(random_users(0))
-    with pytest.raises(DataError, match="need the splits train, validation, test; missing: validation"):
+    with pytest.raises(DataError, match="needs the splits train, validation, test; missing: validation"):
         read_log({split: batches[split] for split in ("train", "test")})
     with pytest.raises(DataError, match="split test holds no request"):
         read_log(batches | {"test": []})

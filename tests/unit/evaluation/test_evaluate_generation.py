@@ -8,7 +8,7 @@ import torch
 
 from gpr_dist.data.eligibility import Eligibility
 from gpr_dist.decoding.trie import Trie
-from gpr_dist.evaluation.evaluate import comparison_table, evaluate_generation
+from gpr_dist.evaluation.evaluate import evaluate_generation
 from gpr_dist.schema import EVERY_AD, Batch
 
 V, L, NUM_ITEMS = 4, 3, 40
@@ -118,13 +118,3 @@ def test_items_outside_the_eligibility_would_be_counted(monkeypatch):
     metrics = evaluate_generation(TableDecoder(), [make_batch(9, 0)], TRIE, ELIGIBILITY, PRIORITY, ks=(8,), progress=False)
     restricted = int((make_batch(9, 0).request_eligibility_R != EVERY_AD).sum())
     assert 0 < metrics["illegal_items"] <= 8 * restricted
-
-
-def test_table():
-    row = {"hitr@10": 0.12345, "hitr@100": 0.5, "ndcg@10": 0.0625, "ndcg@100": 0.25, "num_targets": 7}
-    assert comparison_table({"GPR": row, "personal frequency": row}).splitlines() == [
-        "ranker               HitR@10  HitR@100   NDCG@10  NDCG@100",
-        "----------------------------------------------------------",
-        "GPR                   0.1235    0.5000    0.0625    0.2500",
-        "personal frequency    0.1235    0.5000    0.0625    0.2500",
-    ]

@@ -8,7 +8,8 @@ from gpr_dist.data.loader import LoaderConfig, iter_once
 from gpr_dist.data.sampler import World
 from gpr_dist.errors import DataError
 from gpr_dist.evaluation import validate
-from gpr_dist.evaluation.baselines import BaselineConfig, popularity, read_log
+from gpr_dist.evaluation.baselines import BaselineConfig, popularity
+from gpr_dist.evaluation.journey_log import read_log
 from gpr_dist.evaluation.validate import has_targets, open_journeys, save_popularity
 
 CODES = np.random.default_rng(0).integers(0, 32, (NUM_ITEMS, 3))
