@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from gpr_dist.decoding.segments import log_sum_exp, starts, top_k, z_scores
-from gpr_dist.ops.noise import hashed_uniform
 
 if TYPE_CHECKING:
     from gpr_dist.decoding.search import ValueGuide
@@ -26,19 +25,21 @@ def propose(score_M: Tensor, owner_M: Tensor, search_N: Tensor, value_N: Tensor,
     if not owner_M.numel():
         return owner_M
     room_N = torch.bincount(owner_M, minlength=len(search_N)).clamp(max=guide.max_children)
+    start_N = starts(owner_M, len(search_N))
     if guide.temperature is None:
-        return top_k(score_M, owner_M, len(search_N), room_N)
+        return top_k(score_M, start_N, room_N)
     total_Q = torch.as_tensor(width_Q, device=owner_M.device).mul(guide.proposals).long().expand(num_searches)
     total_Q = torch.minimum(total_Q, torch.zeros_like(search_N.new_empty(num_searches)).index_add_(0, search_N, room_N))
     logit_N = z_scores(value_N, search_N, num_searches) / guide.temperature
     share_N = (logit_N - log_sum_exp(logit_N, search_N, num_searches)[search_N]).exp()
     wanted_N = torch.minimum((total_Q[search_N] * share_N).round().long().clamp(min=1), room_N)
     missing_Q = total_Q - torch.zeros_like(total_Q).index_add_(0, search_N, wanted_N)
-    best_first = top_k(share_N, search_N, num_searches, len(search_N))
+    start_Q = starts(search_N, num_searches)
+    best_first = top_k(share_N, start_Q, len(search_N))
     wanted_N = wanted_N + _pour(missing_Q.clamp(min=0), (room_N - wanted_N), best_first, search_N)
-    worst_first = top_k(-share_N, search_N, num_searches, len(search_N))
+    worst_first = top_k(-share_N, start_Q, len(search_N))
     wanted_N = wanted_N - _pour((-missing_Q).clamp(min=0), (wanted_N - 1).clamp(min=0), worst_first, search_N)
-    return top_k(score_M, owner_M, len(search_N), wanted_N)
+    return top_k(score_M, start_N, wanted_N)
 
 
 def _pour(amount_Q: Tensor, room_N: Tensor, order_N: Tensor, search_N: Tensor) -> Tensor:
@@ -54,7 +55,7 @@ def keep_guided(score_P: Tensor, value_P: Tensor, search_P: Tensor, num_searches
     """Positions of the proposals with the largest S = log p + eta zscore(V) of each search, best first."""
     if eta:
         score_P = score_P + eta * z_scores(value_P, search_P, num_searches)
-    return top_k(score_P, search_P, num_searches, width_Q)
+    return top_k(score_P, starts(search_P, num_searches), width_Q)
 
 
 def perturb(score_M: Tensor, gumbel_M: Tensor, owner_M: Tensor, perturbed_N: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ class Draws:
     """Random numbers of a batch of requests, each a function of (seed, request id, what it is for)."""
 
     def __init__(self, seed: int, request_id_B: Tensor, num_samples: int) -> None:
-        self._seed = seed
+        self._salt = _hash(torch.tensor(seed, device=request_id_B.device))
         self.root_key_B = request_id_B.long() * _MULTIPLIER
         device, num_requests = request_id_B.device, request_id_B.numel()
         self._request_S = torch.arange(num_requests, device=device).repeat_interleave(num_samples)
@@ -87,9 +88,8 @@ class Draws:
         return (key_M + code_M + 1) * _MULTIPLIER
 
     def uniform(self, key_M: Tensor) -> Tensor:
-        """float64 in (0, 1), 48 bits."""
-        high, low = (hashed_uniform(key_M, 2, self._seed).double() * 2.0**24).floor().clamp(max=2.0**24 - 1).unbind(1)
-        return (high * 2.0**24 + low + 0.5) / 2.0**48
+        """float64 in (0, 1), 52 bits."""
+        return (_hash(key_M + self._salt) >> 12 & (1 << 52) - 1).double().add_(0.5).mul_(2.0**-52)
 
     def gumbel(self, key_M: Tensor) -> Tensor:
         """Standard Gumbel, float64."""
@@ -113,3 +113,11 @@ class Draws:
     def paths(self) -> tuple[Tensor, Tensor, Tensor]:
         """(request, number of the sample, row among the prefixes chosen last) of every sample that came through."""
         return self._request_S, self._column_S, self._row_S
+
+
+def _hash(key_M: Tensor) -> Tensor:
+    """The finaliser of SplitMix64. Products wrap around; `>>` keeps the sign, so it is masked away."""
+    x = key_M.clone()
+    for shift, mask, factor in ((30, 0x3FFFFFFFF, -4_658_895_280_553_007_687), (27, 0x1FFFFFFFFF, -7_723_592_293_110_705_685)):
+        x.bitwise_xor_((x >> shift).bitwise_and_(mask)).mul_(factor)
+    return x.bitwise_xor_((x >> 31).bitwise_and_(0x1FFFFFFFF))

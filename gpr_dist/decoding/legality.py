@@ -74,6 +74,14 @@ class Legal(Sequence[Tensor]):
         group_M = torch.arange(groups, device=self._bytes.device).repeat_interleave(nodes)
         return self.mask(level, group_M, torch.arange(nodes, device=self._bytes.device).repeat(groups)).view(groups, nodes)
 
+    def bitmap(self, level: int) -> Tensor | None:
+        """bool [Gr, n_level] where it is at hand."""
+        return self._bitmaps[level]
+
+    @property
+    def num_audiences(self) -> int:
+        return len(self._bytes) if self._bitmaps[-1] is None else len(self._bitmaps[-1])
+
     def is_all(self, level: int) -> bool:
         """Whether every audience may reach every node of the level."""
         return self._is_all[level]
@@ -178,8 +186,20 @@ class Eligible:
     def children(self, level: int, request_N: Tensor, node_N: Tensor) -> tuple[Tensor, Tensor]:
         """The legal children of every node, end to end: (which of the N, child), int64 [M]."""
         owner_M, child_M = self.trie.children(level, node_N)
-        kept = self.keep(level, request_N.index_select(0, owner_M), child_M)
+        bitmap, gone = self.legal.bitmap(level), self.excluded is not None and self.excluded.pairs[level].key_X.numel() > 0
+        if bitmap is None or gone:
+            kept = self.keep(level, request_N.index_select(0, owner_M), child_M)
+        elif self.legal.is_all(level):
+            kept = None
+        else:
+            kept = bitmap.view(-1).index_select(0, self.place(level, request_N, owner_M, child_M)).nonzero().squeeze(1)
         return (owner_M, child_M) if kept is None else (owner_M.index_select(0, kept), child_M.index_select(0, kept))
+
+    def place(self, level: int, request_N: Tensor, owner_M: Tensor, child_M: Tensor) -> Tensor:
+        """Where each child stands in a flat [Gr, n_level], int64 [M]."""
+        if self.legal.num_audiences == 1:
+            return child_M
+        return (self.group_B * self.trie.num_nodes(level)).index_select(0, request_N).index_select(0, owner_M).add_(child_M)
 
     def _exclude(self, request_X: Tensor, item_X: Tensor) -> Excluded:
         """From the slots upward: a node is gone when it has as many legal children as children that are gone."""

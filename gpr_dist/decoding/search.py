@@ -168,41 +168,47 @@ def search(model: SearchModel, eligible: Eligible, config: SearchConfig, item_we
 
         owner_M, child_M = eligible.children(level, request_N, beams.node_N)
         code_M = trie.codes_of(level, child_M)
-        step_M = log_probs_NV.reshape(-1).index_select(0, owner_M * log_probs_NV.shape[1] + code_M).float()
+        place_M = code_M.add_(owner_M, alpha=log_probs_NV.shape[1])
+        step_M = log_probs_NV.reshape(-1).index_select(0, place_M).float()
         if prior is not None:
-            step_M = prior.add(level, request_N.index_select(0, owner_M), child_M, step_M)
+            step_M = prior.add(level, request_N, owner_M, child_M, step_M)
         if config.temperature != 1:
             step_M = step_M / config.temperature
         if config.softmax != "all":
-            step_M = step_M - log_sum_exp(step_M, owner_M, request_N.numel()).index_select(0, owner_M)
+            masked_NV = torch.full(log_probs_NV.shape, -torch.inf, device=trie.device)
+            masked_NV.view(-1)[place_M] = step_M
+            total_N = masked_NV.logsumexp(1)
+            step_M -= torch.where(total_N > -torch.inf, total_N, 0).index_select(0, owner_M)  # nothing possible: leave it so
         log_p_gen_M = score_M = step_M + beams.log_p_gen_N.index_select(0, owner_M)
         if pointer is not None:
             score_M = pointer.mix(level, request_N.index_select(0, owner_M), child_M, log_p_gen_M)
-        if score_M.isnan().any():
+        if score_M.sum().isnan():  # -inf, a code that the model rules out, is not NaN
             raise TrainingError(f"the model returned NaN log-probabilities at level {level} of the beam search")
 
-        search_M = beams.search_N.index_select(0, owner_M)
+        first_Q = torch.searchsorted(owner_M, starts(beams.search_N, num_searches))  # of the children of each search
         width_Q = widths[level][0] if heads == 1 else torch.tensor(widths[level], device=trie.device).repeat(eligible.num_requests)
         extra_C = key_C = None
         if config.strategy == "beam":
-            chosen_C = top_k(score_M, search_M, num_searches, width_Q)
+            chosen_C = top_k(score_M, first_Q, width_Q)
         elif config.strategy == "value":
             proposed = choose.propose(score_M, owner_M, beams.search_N, beams.extra_N, num_searches, width_Q, config.guide)
-            value = model.values(state, owner_M[proposed], code_M[proposed], level).float()
+            prefix, child = owner_M[proposed], child_M[proposed]
+            value = model.values(state, prefix, trie.codes_of(level, child), level).float()
             if value.isnan().any():
                 raise TrainingError(f"the value head returned NaN at level {level} of the beam search")
-            kept = choose.keep_guided(score_M[proposed], value, search_M[proposed], num_searches, width_Q, config.guide.eta)
+            kept = choose.keep_guided(score_M[proposed], value, beams.search_N[prefix], num_searches, width_Q, config.guide.eta)
             chosen_C, extra_C = proposed[kept], value[kept]
         elif config.strategy == "gumbel":
-            key_M = draws.child_key(beams.key_N.index_select(0, owner_M), code_M)
+            key_M = draws.child_key(beams.key_N.index_select(0, owner_M), trie.codes_of(level, child_M))
             perturbed_M = choose.perturb(score_M, draws.gumbel(key_M), owner_M, beams.extra_N)
-            chosen_C = top_k(perturbed_M, search_M, num_searches, width_Q)
+            chosen_C = top_k(perturbed_M, first_Q, width_Q)
             extra_C, key_C = perturbed_M[chosen_C], key_M[chosen_C]
         else:
             chosen_C = draws.sample(level, score_M, owner_M, request_N.numel())
         parent_C = owner_M.index_select(0, chosen_C)
-        codes_Cl = torch.cat((beams.codes_Nl.index_select(0, parent_C), code_M.index_select(0, chosen_C)[:, None]), dim=1)
-        beams = Beams(search_M.index_select(0, chosen_C), child_M.index_select(0, chosen_C), codes_Cl,
+        child_C = child_M.index_select(0, chosen_C)
+        codes_Cl = torch.cat((beams.codes_Nl.index_select(0, parent_C), trie.codes_of(level, child_C)[:, None]), dim=1)
+        beams = Beams(beams.search_N.index_select(0, parent_C), child_C, codes_Cl,
                       log_p_gen_M.index_select(0, chosen_C), score_M.index_select(0, chosen_C), extra_C, key_C)
 
     if config.strategy == "sample":
@@ -224,13 +230,12 @@ class _Prior:
         self._weights, self._logs = eligible.legal.weights(item_weight_M)
         self._lost = eligible.excluded.lost_weight(eligible.trie, item_weight_M) if eligible.excluded else None
 
-    def add(self, level: int, request_M: Tensor, child_M: Tensor, step_M: Tensor) -> Tensor:
-        num_nodes = self._logs[level].shape[1]
-        place_M = self._eligible.group_B.index_select(0, request_M) * num_nodes + child_M
+    def add(self, level: int, request_N: Tensor, owner_M: Tensor, child_M: Tensor, step_M: Tensor) -> Tensor:
+        place_M = self._eligible.place(level, request_N, owner_M, child_M)
         log_M = self._logs[level].view(-1).index_select(0, place_M)
         if self._lost is not None:
             pairs, weight_X = self._lost[level]
-            hit, pair = pairs.find(request_M, child_M)
+            hit, pair = pairs.find(request_N.index_select(0, owner_M), child_M)
             left = self._weights[level].view(-1).index_select(0, place_M.index_select(0, hit)) - weight_X.index_select(0, pair)
             log_M[hit] = left.clamp(min=1e-30).log().float()  # legal, so something is left; the difference may round below it
         return step_M + log_M
@@ -256,7 +261,7 @@ def _unite(beams: Beams, config: SearchConfig, eligible: Eligible, pointer: Poin
     if beams.extra_N is not None:
         value = beams.extra_N[source]
         order_score = score + config.guide.eta * z_scores(value, request, eligible.num_requests)
-    chosen = top_k(order_score, request, eligible.num_requests, len(key))
+    chosen = top_k(order_score, starts(request, eligible.num_requests), len(key))
     return Beams(request[chosen], leaf[chosen], beams.codes_Nl[source[chosen]], log_p_gen[chosen], score[chosen],
                  None if value is None else value[chosen])
 

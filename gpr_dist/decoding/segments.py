@@ -13,22 +13,23 @@ def starts(segment_M: Tensor, num_segments: int) -> Tensor:
     return torch.searchsorted(segment_M, torch.arange(num_segments + 1, device=segment_M.device))
 
 
-def top_k(score_M: Tensor, segment_M: Tensor, num_segments: int, k: "int | Tensor") -> Tensor:
+def top_k(score_M: Tensor, start: Tensor, k: "int | Tensor") -> Tensor:
     """Positions of the largest scores of each segment, best first, segment after segment; -inf is never among them.
 
-    Args: segment_M: ascending. k: entries per segment, one number or int64 [S].
+    Args: start: int64 [S + 1], from `starts`. k: entries per segment, one number or int64 [S].
     """
     if not score_M.numel():
         return torch.empty(0, dtype=torch.long, device=score_M.device)
-    start = starts(segment_M, num_segments)
+    num_segments = start.numel() - 1
     width = int((start[1:] - start[:-1]).max())
     largest = min(width, k if isinstance(k, int) else int(k.max()))
     if width * num_segments == score_M.numel():
         padded = score_M.view(num_segments, width)
     else:
         padded = score_M.new_full((num_segments, width), -torch.inf)
-        place_M = torch.arange(score_M.numel(), device=score_M.device)
-        place_M += (torch.arange(num_segments, device=score_M.device) * width - start[:-1]).index_select(0, segment_M)
+        shift_S = torch.arange(num_segments, device=score_M.device) * width - start[:-1]
+        place_M = torch.repeat_interleave(shift_S, start.diff(), output_size=score_M.numel())
+        place_M += torch.arange(score_M.numel(), device=score_M.device)
         padded.view(-1)[place_M] = score_M
     best_SK, position_SK = padded.topk(largest, dim=1)
     kept_SK = best_SK > -torch.inf

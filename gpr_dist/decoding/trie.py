@@ -77,13 +77,17 @@ class Trie:
         Raises: TokenizerError when there is no item, a code is out of range, or an item is listed twice.
         """
         codes_NL, items_N = _checked(codes_NL, codebook_size, items)
+        if not (np.diff(items_N) > 0).all():  # by item first: the sort below is stable
+            row_I = np.full(int(items_N.max()) + 1, -1, dtype=np.int64)
+            row_I[items_N] = np.arange(len(items_N))
+            by_item = row_I[row_I >= 0]
+            if len(by_item) < len(items_N):
+                raise TokenizerError(f"{len(items_N) - len(by_item)} items are listed twice in the codes of the trie")
+            codes_NL, items_N = codes_NL[by_item], items_N[by_item]
         # 16-bit keys sort by radix: several times faster on millions of items
         keys_LN = codes_NL.T.astype(np.uint16 if codebook_size <= 1 << 16 else np.int64)
-        is_ascending = (np.diff(items_N) > 0).all()  # the sort is stable, so they need not be a key
-        order_N = np.lexsort(keys_LN[::-1] if is_ascending else (items_N, *keys_LN[::-1]))
+        order_N = np.lexsort(keys_LN[::-1])
         keys_LN, items_N = keys_LN[:, order_N], items_N[order_N].astype(np.int32)
-        if not is_ascending and len(np.unique(items_N)) != len(items_N):
-            raise TokenizerError(f"{len(items_N) - len(np.unique(items_N))} items are listed twice in the codes of the trie")
 
         code, child_offset = [], []
         is_new_N = np.zeros(len(items_N), dtype=bool)  # first slot of a new prefix, of a growing length
