@@ -238,9 +238,9 @@ class Candidates:
     legal_GC: Tensor | None = None  # bool, which candidates each eligibility group of the batch allows
     group_R: Tensor | None = None  # int64 into G, of each request
 
-    def to(self, device: torch.device | str) -> "Candidates":
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "Candidates":
         """A copy on `device`."""
-        return Candidates(*(None if x is None else x.to(device, non_blocking=True) for x in vars(self).values()))
+        return Candidates(*(None if x is None else x.to(device, non_blocking=non_blocking) for x in vars(self).values()))
 
 
 @dataclass

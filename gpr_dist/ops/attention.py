@@ -29,6 +29,8 @@ AHEAD = 16
 _FLEX_BLOCK = 128
 _PIECE_QUERIES = {"fused": 256, "products": 128}
 """most queries of a piece: fewer leave out more of the keys that none of them reads, and cost more calls"""
+_JOINED_QUERIES = 64
+"""most queries of short rows that share a piece: a product that is mostly masked costs less than one call per row"""
 _PRODUCTS_MOST_KEYS = 2048
 """longest row that a CPU trains on by plain products: they keep all weights for the backward pass, and take three quarters of the time of
 PyTorch's fused kernel, which keeps none"""
@@ -37,9 +39,9 @@ _MASKED = {"softmax": float("-inf"), "silu": -1e8}
 
 
 class Piece(NamedTuple):
-    """Successive queries of one row, and the keys of the row from the first to the last that any of them reads."""
+    """Successive queries of one row, or of several short ones, and the keys from the first to the last that any of them reads."""
 
-    row: int
+    row: int  # the first one
     num_queries: int
     first_key: int  # packed
     end_key: int
@@ -56,12 +58,20 @@ class Spans:
     made: dict = field(default_factory=dict)
     """masks, made once for all layers"""
 
-    def pieces(self, most: int) -> list[Piece]:
-        """All queries in order, in about equal pieces of a row each, of at most so many queries."""
+    def pieces(self, most: int, joined: int = 0) -> list[Piece]:
+        """All queries in order, in about equal pieces of a row each, of at most so many queries.
+
+        Args: joined: successive rows share a piece while they have together at most so many queries.
+        """
         if ("pieces", most) not in self.made:
-            rows = [(row, begin, end) for row, (begin, end) in enumerate(pairwise(self.query_offsets)) if end > begin]
-            cuts = [(row, begin + (end - begin) * part // parts) for row, begin, end in rows
-                    for parts in [-(-(end - begin) // most)] for part in range(parts)]
+            cuts, room = [], 0
+            for row, (begin, end) in enumerate(pairwise(self.query_offsets)):
+                parts = -(-(end - begin) // most)
+                if parts == 1 and end - begin <= room:
+                    room -= end - begin
+                elif parts:
+                    cuts += [(row, begin + (end - begin) * part // parts) for part in range(parts)]
+                    room = joined - (end - begin)
             starts = [start for _, start in cuts]
             first_Q, last_Q = self.first_Q.cpu().numpy(), self.last_Q.cpu().numpy()
             first_Q = np.where(first_Q > last_Q, np.iinfo(np.int64).max, first_Q)
@@ -243,7 +253,7 @@ def _torch(q_QHK: Tensor, k_THK: Tensor, v_THK: Tensor, spans: Spans, score: Sco
     row_lengths = [end - begin for begin, end in pairwise(spans.key_offsets)]
     train_short = q_QHK.device.type == "cpu" and torch.is_grad_enabled() and max(row_lengths) <= _PRODUCTS_MOST_KEYS
     if score == "silu" or bias is not None or (train_short and not spans.any_empty()):
-        pieces = spans.pieces(_PIECE_QUERIES["products"])
+        pieces = spans.pieces(_PIECE_QUERIES["products"], _JOINED_QUERIES)
         table_HC = None if bias is None else bias.table(_MASKED[score]).to(dtype)
         added = spans.additive(pieces, score, dtype) if bias is None else bias.indices(pieces, spans)
         return _Products.apply(q_QHK, k_THK, v_THK, table_HC, pieces, added, score, 1 / length).to(output_dtype)
@@ -254,7 +264,8 @@ def _torch(q_QHK: Tensor, k_THK: Tensor, v_THK: Tensor, spans: Spans, score: Sco
     for piece, q_qHK, add in zip(pieces, queries, spans.additive(pieces, score, dtype), strict=True):
         here = slice(piece.first_key - spans.key_offsets[piece.row], piece.end_key - spans.key_offsets[piece.row])
         q, k, v = (x.transpose(0, 1)[None] for x in (q_qHK, keys[piece.row][here], values[piece.row][here]))
-        out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=add)[0].transpose(0, 1))
+        mask_qt = None if add is None else add[0]  # not of three dimensions: those take a path of PyTorch's 2.5 times as slow
+        out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask_qt)[0].transpose(0, 1))
     return torch.cat(out).to(output_dtype)
 
 

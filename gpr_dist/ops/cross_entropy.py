@@ -100,7 +100,7 @@ class _ItemNLL(torch.autograd.Function):
             state_rD = state_RD[lo:lo + rows]
             of_chunk = slice(ends[number], ends[number + 1])
             request_n, column_n = request_N[of_chunk] - lo, column_N[of_chunk]
-            logits_rC = torch.addmm(bias_C, state_rD, weight_CD.T).to(exact)
+            logits_rC = (state_rD @ weight_CD.T).to(exact).add_(bias_C)  # half the time of addmm on a CPU
             own_n = logits_rC[request_n, column_n]
             if offset_C is not None:
                 logits_rC += offset_C
@@ -108,11 +108,11 @@ class _ItemNLL(torch.autograd.Function):
                 logits_rC.masked_fill_(~legal_GC[group_R[lo:lo + rows]], -torch.inf)
             if offset_C is not None or legal_GC is not None:
                 logits_rC[request_n, column_n] = own_n
-            log_sum_r = logits_rC.logsumexp(1) if not with_gradient else None
-            if with_gradient:
-                largest_r, at_r = logits_rC.max(1)
+            if not with_gradient:
+                log_sum_r = logits_rC.logsumexp(1)
+            else:
                 p_rC = logits_rC.softmax(1)
-                log_sum_r = largest_r - p_rC.gather(1, at_r[:, None])[:, 0].log()
+                log_sum_r = logits_rC.amax(1) - p_rC.amax(1).log()  # the largest probability is at least 1/C
                 targets_r = torch.bincount(request_n, minlength=len(state_rD))
                 if bool((targets_r != 1).any()):
                     p_rC *= targets_r[:, None]

@@ -125,9 +125,9 @@ def test_one_row_does_not_see_another(score):
     before = hybrid_attention(q, k, v, spans, score)
     with torch.no_grad():
         k[KEYS[1] : KEYS[2]] += 1
-        v[KEYS[3] :] = float("nan")
+        v[KEYS[3] :] = 1e30  # finite: short rows share a product, in which the others' weights are 0
     after = hybrid_attention(q, k, v, spans, score)
-    assert torch.equal(before[: QUERIES[3]], after[: QUERIES[3]]) and after[QUERIES[3] :].isnan().all()
+    assert torch.equal(before[: QUERIES[3]], after[: QUERIES[3]]) and (after[QUERIES[3] :].abs() > 1e20).all()
 
 
 def test_hybrid_spans_are_the_rule_of_equation_2_inside_a_block():
