@@ -193,22 +193,22 @@ def _problems(requests: pa.RecordBatch, settings: RequestSettings, num_groups: i
     time, k, group = requests["time"], requests["k"], requests["group"]
     yield "time is missing: seconds since 1970", _mask(pc.is_null(time))
     yield (lambda row: text("time")(row) + "expected seconds since 1970 (up to the year 2242); milliseconds?"), _outside(time, MAX_TIME)
-    yield (lambda row: text("k")(row) + f"expected 1 to {max_k}, the beam width"), _mask(pc.or_(pc.less(k, 1), pc.greater(k, max_k)))
+    yield (lambda row: text("k")(row) + f"expected 1 to {max_k}, the beam width"), _mask(pc.or_kleene(pc.less(k, 1), pc.greater(k, max_k)))
     yield (lambda row: text("group")(row) + f"the bundle has groups 0 to {num_groups - 1}, or -1 for every ad"), \
-        _mask(pc.or_(pc.less(group, -1), pc.greater_equal(group, num_groups)))
-    both = pc.and_(pc.is_valid(group), pc.is_valid(requests["eligible"]))
+        _mask(pc.or_kleene(pc.less(group, -1), pc.greater_equal(group, num_groups)))
+    both = pc.and_kleene(pc.is_valid(group), pc.is_valid(requests["eligible"]))
     yield "eligible and group are both given; give one of them", _mask(both)
     for name in ("eligible", "exclude"):
         ids, of = flat(requests[name])
         yield f"{name} has an ad that is null", np.bincount(of[_mask(pc.is_null(ids))], minlength=num_requests) > 0
     item, kind, when, action = (pc.struct_field(events, name) for name in ("item_id", "type", "time", "action"))
-    yield "history has an event without item_id", of_request(_mask(pc.or_(pc.is_null(item), pc.equal(item, ""))))
+    yield "history has an event without item_id", of_request(_mask(pc.or_kleene(pc.is_null(item), pc.equal(item, ""))))
     yield "history has an event whose type is neither ad nor organic", of_request(pc.invert(pc.is_in(kind, pa.array(EVENT_TYPES))))
     yield ("history has an event without a time, or with one outside 1970..2242 (milliseconds?)",
            of_request(_mask(pc.is_null(when)) | _outside(when, MAX_TIME)))
     known = pc.is_in(action, pa.array(list(AD_ACTIONS)))
     yield (f"history has an ad whose action is none of {', '.join(AD_ACTIONS)}",
-           of_request(_mask(pc.and_(pc.equal(kind, "ad"), pc.invert(known)))))
+           of_request(_mask(pc.and_kleene(pc.equal(kind, "ad"), pc.invert(known)))))
     if settings.num_knowledge_vectors:
         yield (f"knowledge is not {settings.num_knowledge_vectors} lists of {settings.knowledge_width} finite numbers",
                _wrong_knowledge(requests["knowledge"], settings))
@@ -225,7 +225,7 @@ def _mask(condition: pa.Array) -> np.ndarray:
 
 
 def _outside(column: pa.Array, end: int) -> np.ndarray:
-    return _mask(pc.or_(pc.less(column, 0), pc.greater_equal(column, end)))
+    return _mask(pc.or_kleene(pc.less(column, 0), pc.greater_equal(column, end)))
 
 
 def _wrong_knowledge(column: pa.ListArray, settings: RequestSettings) -> np.ndarray:
