@@ -136,11 +136,9 @@ def format_text(report: Mapping[str, Any], models: Sequence[str], ks: Sequence[i
 
 
 def label(metric: str) -> str:
-    """hitr@10 -> HitR@10."""
-    for name, shown in {"hitr": "HitR", "ndcg": "NDCG", "mrr": "MRR", "recall": "Recall", "value": "value"}.items():
-        if metric.startswith(name):
-            return metric.replace(name, shown, 1)
-    return metric
+    """leaf_request_hitr@10 -> HitR@10; what is counted stands above the table."""
+    name, at, k = metric.removeprefix("leaf_").removeprefix("request_").partition("@")
+    return {"hitr": "HitR", "ndcg": "NDCG", "mrr": "MRR", "recall": "Recall", "value": "Value"}[name] + at + k
 
 
 def half_width(ends: Sequence[float]) -> float:

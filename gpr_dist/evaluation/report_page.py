@@ -1,5 +1,6 @@
 """The evaluation report as one self-contained HTML page; the numbers are report.py's, the looks gpr_dist/html.py's."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from gpr_dist.evaluation.report import half_width, label
 from gpr_dist.html import FAINT, SERIES, Alarm, Details, Figure, Part, Section, Table, Tile, draw, render
 
 Report = Mapping[str, Any]
+_LEAST_TARGETS = 30
 
 
 def report_page(report: Report) -> str:
@@ -92,6 +94,9 @@ def _curve_figure(report: Report) -> Figure:
             axes.plot(range(1, len(curve) + 1), curve, label=name, color=SERIES[number % len(SERIES)],
                       linestyle="-" if name in report["models"] else "--")
         axes.set(xlabel="K", ylabel="HitR@K", xscale="log", ylim=(0, None))
+        ticks = [k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if k <= len(curve)]
+        axes.set_xticks(ticks, ticks)
+        axes.minorticks_off()
         axes.legend(fontsize=8)
 
     return draw(paint, "HitR@K for every K. A ranker whose line is above another's is better whatever the number of places.")
@@ -99,7 +104,7 @@ def _curve_figure(report: Report) -> Figure:
 
 def _difference_parts(report: Report) -> list[Part]:
     parts: list[Part] = []
-    metrics = [f"hitr@{k}" for k in report["ks"]] + [f"ndcg@{k}" for k in report["ks"]] + ["mrr"]
+    metrics = [f"hitr@{k}" for k in report["ks"]] + [f"ndcg@{k}" for k in report["ks"]]
     for model in report["models"]:
         rows = [(other, *(f"{found[metric][0]:+.4f} [{found[metric][1]:+.4f}, {found[metric][2]:+.4f}]" for metric in metrics))
                 for other, found in report["differences"][model].items()]
@@ -167,28 +172,21 @@ def _segment_parts(report: Report) -> list[Part]:
     k, names = report["ks"][0], list(report["results"])
     intro = {"history": "By length of the history", "item": "By how often the item was trained", "repeat": "Met before, or discovered",
              "scene": "By scene"}
-    parts: list[Part] = [f"HitR@{k} of the ads of each segment; the largest of a row is coloured."]
+    parts: list[Part] = [f"HitR@{k} of the ads of each segment. Figures leave out segments of fewer than {_LEAST_TARGETS} ads."]
     figures = [_segment_figure(report, kind, title) for kind, title in intro.items() if kind in report["segments"] and kind != "scene"]
     parts += figures
     for kind, segments in report["segments"].items():
         rows = []
         for segment, found in segments.items():
             values = [found[name][f"hitr@{k}"] for name in names]
-            best = max(value[0] for value in values)
-            rows.append((segment, f"{found['targets']:,}", *(_Best(_spread(v[0], v[1:])) if v[0] == best > 0 else _spread(v[0], v[1:])
-                                                            for v in values)))
+            rows.append((segment, f"{found['targets']:,}", *(_spread(value[0], value[1:]) for value in values)))
         parts.append(Details(intro.get(kind, f"By {kind}"), [Table((kind, "ads", *names), rows, "l")]))
     return parts
 
 
-class _Best(str):
-    """A cell in the colour of what is good."""
-
-    good = True
-
-
 def _segment_figure(report: Report, kind: str, title: str) -> Figure:
-    k, segments, names = report["ks"][0], report["segments"][kind], list(report["results"])
+    k, names = report["ks"][0], list(report["results"])
+    segments = {name: found for name, found in report["segments"][kind].items() if found["targets"] >= _LEAST_TARGETS}
     width = 0.8 / len(names)
 
     def paint(axes: Axes) -> None:
@@ -198,13 +196,13 @@ def _segment_figure(report: Report, kind: str, title: str) -> Figure:
             axes.bar(places, found[:, 0], width, label=name, color=SERIES[number % len(SERIES)],
                      alpha=1.0 if name in report["models"] else 0.55)
             axes.vlines(places, found[:, 1], found[:, 2], color=FAINT, linewidth=1)
-        short = [name.split(" events")[0].split(" training")[0].split(":")[0] for name in segments]
+        short = [f"{re.split(' events| training|:', name)[0]}\n{found['targets']:,} ads" for name, found in segments.items()]
         axes.set_xticks(range(len(segments)), short, fontsize=8)
         axes.set(ylabel=f"HitR@{k}", ylim=(0, None))
         axes.grid(axis="x", visible=False)
         axes.legend(fontsize=7)
 
-    return draw(paint, f"{title}.")
+    return draw(paint, f"{title}, with intervals.")
 
 
 def _exposure_parts(report: Report) -> list[Part]:

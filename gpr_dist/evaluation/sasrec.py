@@ -201,14 +201,18 @@ def train(validation: Requests, eligibility: Eligibility, num_items: int, config
 
 
 def _loss(model: SASRec, state_nd: Tensor, target_n: Tensor, sampled: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Cross-entropy over all items, or over the target and sampled ones (items [S], log expected count of every item [I])."""
+    """Cross-entropy over all items, or over the target and sampled ones (items [S], log expected count of every item [I]).
+
+    Only the sampled ones are corrected for how often they are drawn: the target is always there, so that exp(its logit) + the corrected
+    others is an unbiased estimate of the sum over all items.
+    """
     table, bias = model.items.weight, model.bias
     if sampled is None:
         return F.cross_entropy(torch.addmm(bias, state_nd, table[:-1].T), target_n)
     items_S, log_count_I = sampled
     wrong_nS = torch.addmm(bias[items_S] - log_count_I[items_S], state_nd, table[items_S].T)
     wrong_nS = wrong_nS.masked_fill(items_S == target_n[:, None], -torch.inf)
-    right_n = (state_nd * table[target_n]).sum(1) + bias[target_n] - log_count_I[target_n]
+    right_n = (state_nd * table[target_n]).sum(1) + bias[target_n]
     return (torch.logaddexp(right_n, wrong_nS.logsumexp(1)) - right_n).mean()
 
 
