@@ -160,9 +160,10 @@ class GPR(nn.Module):
                 with_state: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Log-probabilities [N, V] of the code after each prefix, float32; requests in any order. With the states [N, D] that predict
         them, which task="values" reads."""
-        state_NlD = self.ptd(opening, task="generate", request_N=request_N, head_N=head_N, prefix_NlD=self.codes(prefix_Nl))
-        log_probs_NV = self.codes(state_NlD[:, -1:], task="logits", first_level=prefix_Nl.shape[1])[:, 0].float().log_softmax(-1)
-        return (log_probs_NV, state_NlD[:, -1]) if with_state else log_probs_NV
+        state_ND = self.ptd(opening, task="extend", request_N=request_N, head_N=head_N, prefix_Nl=prefix_Nl,
+                            prefix_NlD=self.codes(prefix_Nl))
+        log_probs_NV = self.codes(state_ND[:, None], task="logits", first_level=prefix_Nl.shape[1])[:, 0].float().log_softmax(-1)
+        return (log_probs_NV, state_ND) if with_state else log_probs_NV
 
     def _values(self, batch: Batch, state_MD: Tensor, code_M: Tensor, level: int) -> Tensor:
         """V_{level+1} [M] of choosing a code of `level` (from 0) in these states, log1p units, float32."""

@@ -71,6 +71,34 @@ class Intents:
 
 
 @dataclass
+class Decoded:
+    """Prefixes of codes and what their children need of them."""
+
+    place_N: Tensor  # of their openings
+    prefix_Nl: Tensor
+    caches: list[Cache]  # of each block
+
+    def find(self, place_M: Tensor, prefix_Ml: Tensor) -> Tensor | None:
+        """Where each of M prefixes stands among the N; None where one of them is missing."""
+        if not len(self.place_N) or prefix_Ml.shape[1] != self.prefix_Nl.shape[1]:
+            return None
+        key_N, key_M = (_mixed(place, prefix) for place, prefix in ((self.place_N, self.prefix_Nl), (place_M, prefix_Ml)))
+        key_N, order_N = key_N.sort()
+        index_M = order_N[torch.searchsorted(key_N, key_M).clamp_max(len(key_N) - 1)]
+        # Keys may collide; the prefixes themselves decide.
+        same = (self.place_N[index_M] == place_M).all() & (self.prefix_Nl[index_M] == prefix_Ml).all()
+        return index_M if same else None
+
+
+def _mixed(place_N: Tensor, prefix_Nl: Tensor) -> Tensor:
+    """One number per prefix, int64 that wraps around."""
+    key_N = place_N
+    for code_N in prefix_Nl.unbind(1):
+        key_N = key_N * 1_000_003 + code_N
+    return key_N
+
+
+@dataclass
 class Opening:
     """Sequences decoded up to the generation start, [Q] of them in the order of their rows."""
 
@@ -81,6 +109,7 @@ class Opening:
     caches: list[Cache]  # of each block
     condition_QD: Tensor  # C of the refiner
     place_RP: Tensor  # of the opening of a request and head among the Q; -1 = none
+    decoded: Decoded | None = None  # by the last `extend`
     copying: Copying | None = None  # of the batch's requests, from a model with a pointer
 
 
@@ -129,6 +158,11 @@ class PTDBlock(nn.Module):
         q, k, v = self._heads(self.qkv(x_QlD).chunk(3, dim=-1))
         cache = Cache(k, v) if cache is None else cache.extended(k, v)
         length = x_QlD.shape[1]
+        if length == 1:  # a product per head and sequence is too small to be worth a matrix multiplication
+            wide = torch.promote_types(q.dtype, torch.float32)
+            scores_QcH1 = (q.to(wide) * cache.k_QcHK).sum(-1, keepdim=True) * q.shape[-1] ** -0.5
+            attended_Q1HK = (scores_QcH1.softmax(1) * cache.v_QcHK).sum(1, keepdim=True)
+            return self.self_out(attended_Q1HK.to(v.dtype).flatten(2)), cache
         scores = torch.einsum("qlhk,qchk->qhlc", q, cache.k_QcHK).float() * q.shape[-1] ** -0.5
         if length > 1:
             future = torch.ones(length, scores.shape[-1], dtype=torch.bool, device=x_QlD.device).triu(1 + scores.shape[-1] - length)
@@ -154,11 +188,13 @@ class PTD(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, intents: "Intents | Opening | Tensor", task: str, **arguments: Tensor) -> "Intents | Opening | Tensor":
-        """read: HSD output → Intents. open: (request, head) pairs → Opening. generate: codes so far → states. refine: diffusion loss.
+        """read: HSD output → Intents. open: (request, head) pairs → Opening. generate: codes so far → states. extend: the last of them,
+        level by level. refine: diffusion loss.
 
         One call for all because ZeRO-3 gathers a module's parameters around its forward.
         """
-        return {"read": self._read, "open": self._open, "generate": self._generate, "refine": self._refine}[task](intents, **arguments)
+        return {"read": self._read, "open": self._open, "generate": self._generate, "extend": self._extend,
+                "refine": self._refine}[task](intents, **arguments)
 
     def _read(self, hidden_TD: Tensor, batch: Batch) -> Intents:
         keys_values = [block(hidden_TD, task="keys_values") for block in self.blocks]
@@ -221,6 +257,29 @@ class PTD(nn.Module):
         x_NlD = prefix_NlD.index_select(0, order_N) + self.position_LD[start:start + length]
         x_NlD, _ = self._decode(x_NlD, opening.intents, spans, caches)
         return torch.cat((first_N1D, self.norm(x_NlD).index_select(0, order_N.argsort())), dim=1)
+
+    def _extend(self, opening: Opening, request_N: Tensor, head_N: Tensor, prefix_Nl: Tensor, prefix_NlD: Tensor) -> Tensor:
+        """State [N, D] that predicts the code after each prefix, in any order: the last of `_generate`.
+
+        A search asks level by level: where the last call decoded all the prefixes but for their last code, that is the only position new.
+        Args: prefix_Nl, prefix_NlD: the codes so far, and their embeddings.
+        """
+        place_N, length, thinking = opening.place_RP[request_N, head_N], prefix_Nl.shape[1], self.config.num_thinking
+        if length == 0:
+            return opening.state_QD.index_select(0, place_N)
+        order_N = place_N.argsort(stable=True)
+        place_N, prefix_Nl = place_N[order_N], prefix_Nl[order_N]
+        parent_N = opening.decoded.find(place_N, prefix_Nl[:, :-1]) if opening.decoded else None
+        if parent_N is None:
+            new, caches = length, [cache.select(place_N) for cache in opening.caches]
+        else:
+            new, caches = 1, [cache.select(parent_N) for cache in opening.decoded.caches]
+        end = thinking + 1 + length
+        x_NlD = prefix_NlD[:, length - new:].index_select(0, order_N) + self.position_LD[end - new:end]
+        x_NlD, caches = self._decode(x_NlD, opening.intents, self._spans(opening.intents, opening.request_Q[place_N], new), caches)
+        is_last = end == len(self.position_LD)
+        opening.decoded = None if is_last else Decoded(place_N, prefix_Nl, caches)
+        return self.norm(x_NlD[:, -1]).index_select(0, order_N.argsort())
 
     def _refine(self, opening: Opening, request_N: Tensor, head_N: Tensor, ad_ND: Tensor) -> Tensor:
         """Diffusion loss [N] of the targets' summed code embeddings."""
