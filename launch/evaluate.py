@@ -22,10 +22,11 @@ from gpr_dist.data.reader import ShardReader
 from gpr_dist.data.sampler import World
 from gpr_dist.decoding.model_decoder import ModelDecoder
 from gpr_dist.errors import ConfigError, run_cli
-from gpr_dist.evaluation.compare import GENERATIVE, MIX, CompareConfig, check_choices, leaves, open_requests, rank_all
+from gpr_dist.evaluation.compare import GENERATIVE, ITEM_HEAD, MIX, CompareConfig, check_choices, leaves, open_requests, rank_all
 from gpr_dist.evaluation.evaluate import GenerativeRanker
 from gpr_dist.evaluation.exposure import read_advertisers
 from gpr_dist.evaluation.intervals import BootstrapConfig
+from gpr_dist.evaluation.item_ranker import ItemRanker
 from gpr_dist.evaluation.names import check_names
 from gpr_dist.evaluation.rankings import Ranker, Requests
 from gpr_dist.evaluation.report import build_report, format_text
@@ -46,6 +47,8 @@ class EvaluateConfig(Config):
 
     checkpoint: Path = Path("runs/quickstart")
     """run folder (its newest intact checkpoint) or one step folder"""
+    best: bool = False
+    """of a run folder: the checkpoint that validated best (train.best_metric), instead of the newest"""
     data: Path | None = None
     """data set folder; none = the one the run was trained on"""
     tokenizer: Path | None = None
@@ -82,7 +85,7 @@ class EvaluateConfig(Config):
 
 def main() -> int:
     config, args = parse_cli(EvaluateConfig, __doc__)
-    folder = find_checkpoint(config.checkpoint)
+    folder = find_checkpoint(config.checkpoint, config.best)
     state = checkpoint.read_state(folder)
     trained = build_config(DataConfig, state["config"]["data"], str(folder))
     data = trained if is_trained_data(config, trained) else DataConfig(folder=config.data)
@@ -99,7 +102,7 @@ def main() -> int:
     advertiser_I = read_advertisers(data.folder / "catalogue" / "catalogue.arrow", config.advertiser)
     compare = config.compare if config.baselines else config.compare.model_copy(update={"baselines": ()})
     model = load_model(folder, state["config"]["model"])
-    parts = check_choices(compare, config.settings, config.split, [GENERATIVE])
+    parts = check_choices(compare, config.settings, config.split, [GENERATIVE, ITEM_HEAD] if model.config.items.has_head else [GENERATIVE])
     if args.dry_run:
         print(f"would evaluate {folder} on the {config.split} split of {data.folder}, report in {out}")
         return 0
@@ -132,8 +135,12 @@ def main() -> int:
 def open_rankers(model: GPR, device: torch.device, catalogue: Catalogue, settings: ValidationConfig,
                  trained: DataConfig) -> dict[str, Ranker]:
     """The ways this model ranks, by name."""
-    return {GENERATIVE: GenerativeRanker(ModelDecoder(model, device), catalogue.trie, catalogue.eligibility, catalogue.item_weight,
-                                         max(settings.ks), settings.beam_width, trained.softmax)}
+    k = max(settings.ks)
+    rankers: dict[str, Ranker] = {GENERATIVE: GenerativeRanker(ModelDecoder(model, device), catalogue.trie, catalogue.eligibility,
+                                                               catalogue.item_weight, k, settings.beam_width, trained.softmax)}
+    if model.config.items.has_head:
+        rankers[ITEM_HEAD] = ItemRanker(model, device, catalogue.semantic_ids.codes_NL, catalogue.eligibility, k)
+    return rankers
 
 
 def evaluate_values(validation: Values, test: Values) -> dict[str, Any] | None:

@@ -176,8 +176,8 @@ def open_past(config: PretrainConfig, semantic_ids: SemanticIds, eligibility: El
 
 
 def open_validation(engine: Engine, config: PretrainConfig, semantic_ids: SemanticIds, eligibility: Eligibility, objective: Objective,
-                    legal: LegalCodes | None, candidates: ItemCandidates | None,
-                    past: PastItems | None) -> Callable[[], dict[str, float]] | None:
+                    legal: LegalCodes | None, candidates: ItemCandidates | None = None,
+                    past: PastItems | None = None) -> Callable[[], dict[str, float]] | None:
     """What `fit` calls to validate; none without a validation split. Rank 0 counts popularity, the others read its file (collective)."""
     shards = split_shards(config.data)
     if not has_targets(Path(shards["validation"])):

@@ -10,8 +10,11 @@ from gpr_dist.schema import KnowledgeManifest
 from gpr_dist.training import checkpoint
 
 
-def find_checkpoint(path: Path) -> Path:
-    """A step folder as given, or the newest intact one of a run folder. Raises: CheckpointError."""
+def find_checkpoint(path: Path, best: bool = False) -> Path:
+    """A step folder as given, or the newest intact one of a run folder, or the one that had validated best when that was saved.
+
+    Raises: CheckpointError when there is none, or it is damaged.
+    """
     if checkpoint.STEP_FOLDER.fullmatch(path.name):
         problem = checkpoint.verify(path)
         if problem:
@@ -19,7 +22,8 @@ def find_checkpoint(path: Path) -> Path:
         return path
     for folder in reversed(checkpoint.list_steps(path)):
         if checkpoint.verify(folder) is None:
-            return folder
+            step = checkpoint.read_state(folder)["progress"]["best_step"] if best else None
+            return folder if step is None else find_checkpoint(checkpoint.step_folder(path, step))
     raise CheckpointError(f"{path} has no complete checkpoint; train first, or give a step folder")
 
 

@@ -22,9 +22,12 @@ from gpr_dist.decoding.beam_search import Softmax
 from gpr_dist.decoding.model_decoder import ModelDecoder
 from gpr_dist.decoding.trie import Trie
 from gpr_dist.evaluation.baselines import BaselineConfig, popularity
-from gpr_dist.evaluation.evaluate import evaluate_generation
-from gpr_dist.evaluation.journey_log import JourneyLog, read_log
-from gpr_dist.schema import EVERY_AD, ShardManifest, write_atomic
+from gpr_dist.evaluation.evaluate import GenerativeRanker
+from gpr_dist.evaluation.item_ranker import ItemRanker
+from gpr_dist.evaluation.journey_log import JourneyLog, Lists, read_log
+from gpr_dist.evaluation.metrics import add_sums, ranking_metrics, ranking_sums
+from gpr_dist.evaluation.rankings import Ranker
+from gpr_dist.schema import EVERY_AD, Batch, ShardManifest, write_atomic
 from gpr_dist.tokenizer.semantic_ids import SemanticIds
 from gpr_dist.training.engine import Engine
 from gpr_dist.training.loop import Objective
@@ -39,6 +42,8 @@ class ValidationConfig(Config):
     """prefixes kept per level"""
     ks: tuple[int, ...] = (10, 100)
     """cut-offs K of HitR@K and NDCG@K"""
+    exclude_seen: bool = False
+    """during training: take the items of a request's row before it from its candidates (launch/evaluate.py: compare.exclude_seen)"""
     baselines: BaselineConfig = BaselineConfig()
     """popularity, which also orders the items of one semantic ID"""
 
@@ -98,6 +103,12 @@ def build_validation(engine: Engine, shards: str | Path, catalogue: Catalogue, o
     codes_ML = catalogue.semantic_ids.codes_NL
     batches = iter_once(shards, loader, world, codes_ML, num_heads, config.max_rows, legal, knowledge, candidates, past)
 
+    rankers: dict[str, Ranker] = {"": GenerativeRanker(ModelDecoder(engine, engine.device), catalogue.trie, catalogue.eligibility,
+                                                       catalogue.item_weight, max(config.ks), config.beam_width, softmax,
+                                                       all_reduce=engine.all_reduce)}
+    if candidates is not None:
+        rankers["item_"] = ItemRanker(engine, engine.device, codes_ML, catalogue.eligibility, max(config.ks))
+
     @torch.no_grad()
     def validate() -> dict[str, float]:
         sums = torch.zeros(2, dtype=torch.float64)
@@ -105,10 +116,33 @@ def build_validation(engine: Engine, shards: str | Path, catalogue: Catalogue, o
             # The share of one target of this batch alone, so that summing over batches gives the mean over all targets.
             sums += torch.tensor([float(objective(engine, batch.to(engine.device), 1).loss), float(batch.num_targets)], dtype=torch.float64)
         total, count = engine.all_reduce(sums).tolist()
-        decode = ModelDecoder(engine, engine.device)
-        generation = evaluate_generation(decode, batches, catalogue.trie, catalogue.eligibility, catalogue.item_weight, config.ks,
-                                         config.beam_width, softmax, all_reduce=engine.all_reduce, progress=False)
-        ranked = {f"{metric}@{k}": generation[f"{metric}@{k}"] for metric in ("hitr", "ndcg") for k in config.ks}
-        return {f"validation/{name}": value for name, value in ({"loss": total / max(count, 1)} | ranked).items()}
+        found = {"loss": total / max(count, 1)}
+        for prefix, ranker in rankers.items():
+            sums = add_sums([_ranking_sums(ranker, batch, config) for batch in batches])
+            reduced = engine.all_reduce(torch.stack(list(sums.values()))).tolist()
+            metrics = ranking_metrics(dict(zip(sums, reduced, strict=True)))
+            found |= {f"{prefix}{metric}@{k}": metrics[f"{metric}@{k}"] for metric in ("hitr", "ndcg") for k in config.ks}
+        return {f"validation/{name}": value for name, value in found.items()}
 
     return validate
+
+
+def _ranking_sums(ranker: Ranker, batch: Batch, config: ValidationConfig) -> dict[str, Tensor]:
+    """Metric sums of one batch; targets are those of head 0."""
+    item_RK, _ = ranker(batch, seen_in_row(batch) if config.exclude_seen else None)
+    shown_N = batch.target_head_N == 0
+    return ranking_sums(item_RK, batch.target_request_N[shown_N], batch.target_item_N[shown_N], config.ks)
+
+
+def seen_in_row(batch: Batch) -> Lists:
+    """Items of each request's row up to its prediction site, ascending and distinct."""
+    start_R = batch.offsets_B1[batch.request_row_R]
+    count_R = batch.request_token_R + 1 - start_R
+    request_M = torch.repeat_interleave(count_R)
+    token_M = torch.arange(len(request_M)) - (count_R.cumsum(0) - count_R - start_R).index_select(0, request_M)
+    item_M = batch.item_T[token_M]
+    width = int(item_M.max().clamp_min(0)) + 1 if len(item_M) else 1
+    pairs = torch.unique((request_M * width + item_M)[item_M >= 0])
+    offset_R1 = torch.zeros(len(start_R) + 1, dtype=torch.int64)
+    offset_R1[1:] = torch.bincount(pairs // width, minlength=len(start_R)).cumsum(0)
+    return Lists(offset_R1.numpy(), (pairs % width).int().numpy())

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gpr_dist.config import Config
 from gpr_dist.data.loader import Loader, Step
-from gpr_dist.errors import TrainingError
+from gpr_dist.errors import ConfigError, TrainingError
 from gpr_dist.model.flops import Work, training_flops, work_of
 from gpr_dist.model.gpr import GPRConfig
 from gpr_dist.ops.noise import hashed_uniform
@@ -49,6 +49,8 @@ class FitConfig(Config):
     """steps between lines of metrics.jsonl"""
     validate_every_steps: int = 200
     """steps between validations; 0 = only at the end"""
+    best_metric: str = "validation/loss"
+    """what the best checkpoint is best in: validation/loss (less is better) or a ranking metric (more is), e.g. validation/ndcg@10"""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """what to do when a loss or gradient is not finite: stop the run, or drop that step's update"""
     max_skipped_steps: int = 10
@@ -80,7 +82,7 @@ class Progress:
     skipped: int = 0
     seconds: float = 0.0
     best_step: int | None = None
-    best_loss: float | None = None
+    best_loss: float | None = None  # of train.best_metric; negative where more is better
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -137,7 +139,7 @@ def fit(engine: Engine, loader: Loader, objective: Objective, config: FitConfig,
             finished = progress.step == num_steps
             due = config.validate_every_steps and progress.step % config.validate_every_steps == 0
             if validate and (finished or (due and not result.stop)):  # a stop signal is answered in bounded time
-                _validate(engine, validate, progress, tracker)
+                _validate(engine, validate, config.best_metric, progress, tracker)
             if finished or result.stop or progress.step % config.checkpoint.every_steps == 0:
                 save(progress.step)
                 saved_step = progress.step
@@ -262,12 +264,14 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _validate(engine: Engine, validate: Callable[[], dict[str, float]], progress: Progress, tracker: Tracker) -> None:
+def _validate(engine: Engine, validate: Callable[[], dict[str, float]], best_metric: str, progress: Progress, tracker: Tracker) -> None:
     engine.train(False)
     metrics = validate()
     engine.train(True)
     progress.metrics = metrics
-    loss = metrics["validation/loss"]
+    if best_metric not in metrics:
+        raise ConfigError(f"train.best_metric={best_metric} is not measured; choose one of {', '.join(metrics)}")
+    loss = metrics[best_metric] if best_metric.endswith("loss") else -metrics[best_metric]
     if progress.best_loss is None or loss < progress.best_loss:
         progress.best_step, progress.best_loss = progress.step, loss
     tracker.log(progress.step, metrics)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from journeys_fixture import NUM_ITEMS, random_journeys, write_split
+from random_batches import random_batch
 
 from gpr_dist.data.loader import LoaderConfig, iter_once
 from gpr_dist.data.sampler import World
@@ -10,7 +11,7 @@ from gpr_dist.errors import DataError
 from gpr_dist.evaluation import validate
 from gpr_dist.evaluation.baselines import BaselineConfig, popularity
 from gpr_dist.evaluation.journey_log import read_log
-from gpr_dist.evaluation.validate import has_targets, open_journeys, save_popularity
+from gpr_dist.evaluation.validate import has_targets, open_journeys, save_popularity, seen_in_row
 
 CODES = np.random.default_rng(0).integers(0, 32, (NUM_ITEMS, 3))
 
@@ -61,3 +62,14 @@ def test_baselines_and_model_see_the_same_requests(shards, max_rows):
     everything = open_journeys(shards, "validation")
     np.testing.assert_array_equal(log.item_X, everything.item_X)  # history and counts do not depend on it
     np.testing.assert_array_equal(log.is_counted_X, everything.is_counted_X)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_seen_in_a_row_are_its_items_up_to_the_site(seed):
+    batch = random_batch(seed, num_rows=5)
+    found = seen_in_row(batch)
+    start, row, site = batch.offsets_B1.tolist(), batch.request_row_R.tolist(), batch.request_token_R.tolist()
+    assert len(found.offset_R1) == len(row) + 1
+    for request, (first, last) in enumerate(zip([start[r] for r in row], site, strict=True)):
+        items = {item for item in batch.item_T[first:last + 1].tolist() if item >= 0}
+        assert found.item_M[found.offset_R1[request]:found.offset_R1[request + 1]].tolist() == sorted(items)
