@@ -34,10 +34,7 @@ class Legal(Sequence[Tensor]):
         self._trie, self._bitmaps = trie, list(bitmaps)
         self._is_all = [bitmap is not None and bool(bitmap.all()) for bitmap in bitmaps]
         self._weights: tuple[Tensor, list[Tensor], list[Tensor]] | None = None
-        if slots_GY is not None:
-            self._bytes = torch.nn.functional.pad(slots_GY, (0, 1))
-            ones = _table("ones", trie.device).index_select(0, self._bytes.view(-1).int()).view_as(self._bytes)
-            self._before = ones.cumsum(1, dtype=torch.int32) - ones  # legal slots before each byte
+        self._slots_GY = slots_GY
 
     @classmethod
     def from_slots(cls, trie: "Trie", slots_GY: Tensor, dense_nodes: int = DENSE_NODES) -> "Legal":
@@ -80,7 +77,7 @@ class Legal(Sequence[Tensor]):
 
     @property
     def num_audiences(self) -> int:
-        return len(self._bytes) if self._bitmaps[-1] is None else len(self._bitmaps[-1])
+        return len(self._slots_GY) if self._bitmaps[-1] is None else len(self._bitmaps[-1])
 
     def is_all(self, level: int) -> bool:
         """Whether every audience may reach every node of the level."""
@@ -94,32 +91,52 @@ class Legal(Sequence[Tensor]):
         if level == self._trie.num_levels:
             byte_M = self._bytes.view(-1).index_select(0, group_M * self._bytes.shape[1] + (node_M >> 3))
             return ((byte_M >> (node_M & 7).to(torch.uint8)) & 1).bool()
+        return self.count(level, group_M, node_M) > 0
+
+    def count(self, level: int, group_M: Tensor, node_M: Tensor) -> Tensor:
+        """Legal items below each node of level 0..L-1, for the audience beside it, int32 [M]."""
         first = self._trie.first_slot[level]
         static_M = node_M.clamp(max=first.numel() - 2)
-        legal_M = self._count(group_M, first.index_select(0, static_M + 1)) > self._count(group_M, first.index_select(0, static_M))
+        count_M = self._before_slot(group_M, first.index_select(0, static_M + 1))
+        count_M -= self._before_slot(group_M, first.index_select(0, static_M))
         if self._trie.overlay is not None:
-            legal_M &= static_M == node_M
-            place_M, _ = self._overlay_nodes[level].find(group_M, node_M)
-            legal_M[place_M] = True
-        return legal_M
+            count_M = torch.where(static_M == node_M, count_M, 0)
+            pairs, inserted_X = self._overlay_counts[level]
+            place_M, pair = pairs.find(group_M, node_M)
+            count_M[place_M] += inserted_X[pair]
+        return count_M
 
-    def _count(self, group_M: Tensor, slot_M: Tensor) -> Tensor:
+    @cached_property
+    def _bytes(self) -> Tensor:
+        """Packed slots and an empty byte, so that every slot has one after it."""
+        packed = pack_slots(self._bitmaps[-1]) if self._slots_GY is None else self._slots_GY
+        return torch.nn.functional.pad(packed, (0, 1))
+
+    @cached_property
+    def _before(self) -> Tensor:
+        """Legal slots before each byte, int32."""
+        ones = _table("ones", self._bytes.device).index_select(0, self._bytes.view(-1).int()).view_as(self._bytes)
+        return ones.cumsum(1, dtype=torch.int32) - ones
+
+    def _before_slot(self, group_M: Tensor, slot_M: Tensor) -> Tensor:
         """Legal static slots before each slot."""
         place_M = group_M * self._bytes.shape[1] + (slot_M >> 3)
         byte_M = self._bytes.view(-1).index_select(0, place_M) & _table("low bits", slot_M.device).index_select(0, slot_M & 7)
         return self._before.view(-1).index_select(0, place_M) + _table("ones", slot_M.device).index_select(0, byte_M.int())
 
     @cached_property
-    def _overlay_nodes(self) -> list[NodePairs]:
-        """Nodes above legal inserted items, per level."""
+    def _overlay_counts(self) -> list[tuple[NodePairs, Tensor]]:
+        """Nodes above legal inserted items, and the number of those, per level."""
         static, count = self._trie.parent[-1].numel(), len(self._trie.overlay.item_X)
         new = torch.arange(count, device=self._bytes.device)
         group_M, new_M = torch.arange(len(self._bytes), device=new.device).repeat_interleave(count), new.repeat(len(self._bytes))
         kept = self.mask(self._trie.num_levels, group_M, static + new_M)
         group_M, new_M = group_M[kept], new_M[kept]
-        sizes = [self._trie.num_nodes(level) for level in range(len(self))]
-        return [NodePairs.of(torch.unique(group_M * size + nodes[new_M]), size)
-                for size, nodes in zip(sizes, self._trie.overlay.ancestor, strict=True)]
+        counts = []
+        for level, node_X in enumerate(self._trie.overlay.ancestor[:-1]):
+            key, number = torch.unique(group_M * self._trie.num_nodes(level) + node_X[new_M], return_counts=True)
+            counts.append((NodePairs.of(key, self._trie.num_nodes(level)), number.int()))
+        return counts
 
     def weights(self, item_weight_M: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Legal weight below every node, per level 0..L-1: (float64 [Gr, n_l], its log as float32). Kept for the next search.
@@ -202,24 +219,19 @@ class Eligible:
         return (self.group_B * self.trie.num_nodes(level)).index_select(0, request_N).index_select(0, owner_M).add_(child_M)
 
     def _exclude(self, request_X: Tensor, item_X: Tensor) -> Excluded:
-        """From the slots upward: a node is gone when it has as many legal children as children that are gone."""
+        """A node is gone when every legal item below it is excluded."""
         trie, slots = self.trie, self.trie.num_nodes(self.trie.num_levels)
         slot_X = trie.slots(item_X)
         request_X, slot_X = request_X.to(slot_X.device)[slot_X >= 0], slot_X[slot_X >= 0]
         legal_X = self.legal.mask(trie.num_levels, self.group_B[request_X], slot_X)
         key_X = torch.unique(request_X[legal_X] * slots + slot_X[legal_X])
-        pairs = [NodePairs.of(key_X, slots)]
         request_X, slot_X = key_X // slots, key_X % slots
-        request, node = request_X, slot_X
-        for level in range(trie.num_levels, 0, -1):
-            nodes = trie.num_nodes(level - 1)
-            key, gone = torch.unique(request * nodes + trie.parents_of(level, node), return_counts=True)
-            request, node = key // nodes, key % nodes
-            owner, child = trie.children(level, node)
-            legal = self.legal.mask(level, self.group_B[request[owner]], child)
-            left = torch.zeros_like(gone).index_add_(0, owner, legal.long()) - gone
-            request, node = request[left == 0], node[left == 0]
-            pairs.insert(0, NodePairs.of(key[left == 0], nodes))
+        pairs = []
+        for level, node_X in enumerate(trie.ancestors(slot_X)[:-1]):
+            key, excluded = torch.unique(request_X * trie.num_nodes(level) + node_X, return_counts=True)
+            legal = self.legal.count(level, self.group_B[key // trie.num_nodes(level)], key % trie.num_nodes(level))
+            pairs.append(NodePairs.of(key[excluded == legal], trie.num_nodes(level)))
+        pairs.append(NodePairs.of(key_X, slots))
         return Excluded(pairs, request_X, slot_X)
 
 

@@ -175,10 +175,7 @@ def search(model: SearchModel, eligible: Eligible, config: SearchConfig, item_we
         if config.temperature != 1:
             step_M = step_M / config.temperature
         if config.softmax != "all":
-            masked_NV = torch.full(log_probs_NV.shape, -torch.inf, device=trie.device)
-            masked_NV.view(-1)[place_M] = step_M
-            total_N = masked_NV.logsumexp(1)
-            step_M -= torch.where(total_N > -torch.inf, total_N, 0).index_select(0, owner_M)  # nothing possible: leave it so
+            step_M -= _total(step_M, owner_M, place_M, log_probs_NV.shape).index_select(0, owner_M)
         log_p_gen_M = score_M = step_M + beams.log_p_gen_N.index_select(0, owner_M)
         if pointer is not None:
             score_M = pointer.mix(level, request_N.index_select(0, owner_M), child_M, log_p_gen_M)
@@ -220,6 +217,16 @@ def search(model: SearchModel, eligible: Eligible, config: SearchConfig, item_we
     first_Q = starts(beams.search_N, eligible.num_requests)
     column_N = torch.arange(beams.node_N.numel(), device=trie.device) - first_Q.index_select(0, beams.search_N)
     return _as_result(beams, beams.search_N, column_N, eligible.num_requests, sum(widths[-1]), pointer, config)
+
+
+def _total(step_M: Tensor, owner_M: Tensor, place_M: Tensor, shape: torch.Size) -> Tensor:
+    """log sum exp over the children of each prefix [N]; 0 where none is possible, which leaves them so."""
+    if 8 * step_M.numel() < shape.numel():
+        return log_sum_exp(step_M, owner_M, shape[0])
+    masked_NV = torch.full(shape, -torch.inf, device=step_M.device)  # rows are faster than segments unless most is empty
+    masked_NV.view(-1)[place_M] = step_M
+    total_N = masked_NV.logsumexp(1)
+    return torch.where(total_N > -torch.inf, total_N, 0)
 
 
 class _Prior:
