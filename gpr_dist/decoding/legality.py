@@ -10,16 +10,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, overload
+from typing import overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gpr_dist.decoding.segments import NodePairs
-
-if TYPE_CHECKING:
-    from gpr_dist.decoding.trie import Trie
+from gpr_dist.decoding.trie import Trie
 
 # B requests  Gr audiences  L levels  n_l nodes at level l, n_L slots  Y bytes of packed slots  M entries of a flat list
 
@@ -29,7 +27,7 @@ DENSE_NODES = 1 << 17  # up to here a level keeps a bool per node and audience
 class Legal(Sequence[Tensor]):
     """Legal nodes of Gr audiences. `legal[level]` is bool [Gr, n_l], 0..L; large levels are worked out when asked for that way."""
 
-    def __init__(self, trie: "Trie", bitmaps: Sequence[Tensor | None], slots_GY: Tensor | None = None) -> None:
+    def __init__(self, trie: Trie, bitmaps: Sequence[Tensor | None], slots_GY: Tensor | None = None) -> None:
         """Args: bitmaps: per level 0..L bool [Gr, n_l], None = answer from `slots_GY` (uint8, from `pack_slots`)."""
         self._trie, self._bitmaps = trie, list(bitmaps)
         self._is_all = [bitmap is not None and bool(bitmap.all()) for bitmap in bitmaps]
@@ -37,7 +35,7 @@ class Legal(Sequence[Tensor]):
         self._slots_GY = slots_GY
 
     @classmethod
-    def from_slots(cls, trie: "Trie", slots_GY: Tensor, dense_nodes: int = DENSE_NODES) -> "Legal":
+    def from_slots(cls, trie: Trie, slots_GY: Tensor, dense_nodes: int = DENSE_NODES) -> "Legal":
         """Args: slots_GY: uint8 [Gr, ceil(slots / 8)], from `pack_slots`; bits of deleted items are ignored."""
         if trie.alive is not None:
             slots_GY = slots_GY & pack_slots(trie.alive)
@@ -157,7 +155,7 @@ class Excluded:
     request_X: Tensor  # int64, of each excluded slot
     slot_X: Tensor  # int64
 
-    def lost_weight(self, trie: "Trie", item_weight_M: Tensor) -> list[tuple[NodePairs, Tensor]]:
+    def lost_weight(self, trie: Trie, item_weight_M: Tensor) -> list[tuple[NodePairs, Tensor]]:
         """Excluded weight below every node that has any, per level 0..L-1: the pairs and float64 weights [X]."""
         weight_X, lost = item_weight_M.index_select(0, self.slot_X).double(), []
         for level, node_X in enumerate(trie.ancestors(self.slot_X)[:-1]):
@@ -171,13 +169,13 @@ class Excluded:
 class Eligible:
     """What B requests may be shown."""
 
-    trie: "Trie"
+    trie: Trie
     legal: Legal
     group_B: Tensor  # int64, audience of each request
     excluded: Excluded | None = None
 
     @classmethod
-    def of(cls, trie: "Trie", legal: Sequence[Tensor], group_B: Tensor, exclude: tuple[Tensor, Tensor] | None = None) -> "Eligible":
+    def of(cls, trie: Trie, legal: Sequence[Tensor], group_B: Tensor, exclude: tuple[Tensor, Tensor] | None = None) -> "Eligible":
         """Args: legal: `Legal`, or bitmaps of every level. exclude: (request_X int64, item_X catalogue indices) in any order, items
         that a request may not be shown; those it could not be shown anyway are ignored."""
         legal = legal if isinstance(legal, Legal) else Legal(trie, legal)
@@ -238,7 +236,7 @@ class Eligible:
 class LegalCache:
     """Bitmaps of eligibility groups, the recently used ones kept: many requests share one group."""
 
-    def __init__(self, trie: "Trie", items_of_group: Callable[[int], np.ndarray], capacity: int = 256) -> None:
+    def __init__(self, trie: Trie, items_of_group: Callable[[int], np.ndarray], capacity: int = 256) -> None:
         """Args: items_of_group: e.g. `Eligibility.items`. capacity: groups kept, each one byte per node and item of the trie."""
         self._trie, self._items_of_group, self._capacity = trie, items_of_group, capacity
         self._rows: OrderedDict[int, list[Tensor]] = OrderedDict()

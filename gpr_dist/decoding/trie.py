@@ -6,7 +6,6 @@ search that is under way goes on undisturbed.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,28 +14,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from gpr_dist.decoding.legality import LegalCache as LegalCache  # still imported from here
+from gpr_dist.decoding.trie_overlay import Overlay, build_overlay, either
 from gpr_dist.errors import TokenizerError
 from gpr_dist.schema import write_atomic
 
-# N items  L levels  n_l nodes at level l, n_L item slots  X items inserted since the trie was built or compacted
+# N items  L levels  n_l nodes at level l, n_L item slots  X inserted items
 
 TRIE_FILE = "trie.safetensors"
-
-
-@dataclass(frozen=True)
-class Overlay:
-    """Inserted items, and the nodes they needed; those of level l are numbered from n_l on, in the order (parent, code)."""
-
-    codes_XL: Tensor  # int32; in the order of their slots
-    item_X: Tensor  # int64
-    code: list[Tensor]  # per level l < L, int32: of the new nodes
-    parent: list[Tensor]  # per level l <= L, int64, ascending: of the new nodes
-    ancestor: list[Tensor]  # per level l <= L, int64 [X]: node of each inserted item
-
-    def to(self, device: torch.device | str) -> "Overlay":
-        lists = ([tensor.to(device) for tensor in tensors] for tensors in (self.code, self.parent, self.ancestor))
-        return Overlay(self.codes_XL.to(device), self.item_X.to(device), *lists)
 
 
 class Trie:
@@ -153,7 +137,7 @@ class Trie:
 
     def codes_of(self, level: int, node_M: Tensor) -> Tensor:
         """Last code of each prefix, int64 [M]."""
-        return _either(self.code[level], self.overlay.code[level] if self.overlay else None, node_M)
+        return either(self.code[level], self.overlay.code[level] if self.overlay else None, node_M)
 
     def ancestors(self, slot_M: Tensor) -> list[Tensor]:
         """Node of each slot at every level 0..L, int64."""
@@ -218,7 +202,7 @@ class Trie:
 
     def parents_of(self, level: int, node_M: Tensor) -> Tensor:
         """Node of the level above of some nodes of level 0..L, int64 [M]."""
-        return _either(self.parent[level], self.overlay.parent[level] if self.overlay else None, node_M)
+        return either(self.parent[level], self.overlay.parent[level] if self.overlay else None, node_M)
 
     def legal_nodes(self, item_lists: Sequence[np.ndarray | Tensor | None]) -> list[Tensor]:
         """Which nodes lead to an eligible item, for several eligibility groups at once.
@@ -256,7 +240,10 @@ class Trie:
         if self.overlay:
             kept_X = self._alive_overlay()
             codes, items = torch.cat((self.overlay.codes_XL[kept_X], codes)), torch.cat((self.overlay.item_X[kept_X], items))
-        return self._with_overlay(codes, items)
+        overlay = build_overlay(self.code, self.child_offset, self.codebook_size, codes, items)
+        static = self.parent[-1].numel()
+        alive = None if self.alive is None else torch.cat((self.alive[:static], torch.ones_like(overlay.item_X, dtype=torch.bool)))
+        return self._replaced(overlay=overlay, slot_item=torch.cat((self.slot_item[:static], overlay.item_X.int())), alive=alive)
 
     def delete(self, items: np.ndarray | Tensor) -> "Trie":
         """A trie without these items; those that are not in it are ignored."""
@@ -277,45 +264,6 @@ class Trie:
     def _alive_overlay(self) -> Tensor:
         first = self.parent[-1].numel()
         return torch.ones(len(self.overlay.item_X), dtype=torch.bool, device=self.device) if self.alive is None else self.alive[first:]
-
-    def _with_overlay(self, codes_XL: Tensor, item_X: Tensor) -> "Trie":
-        """Args: codes_XL, item_X: all inserted items that are alive."""
-        order_X = item_X.argsort()
-        for level in range(self.num_levels - 1, -1, -1):
-            order_X = order_X[codes_XL[order_X, level].argsort(stable=True)]
-        codes_XL, item_X = codes_XL[order_X], item_X[order_X]
-        code, parent, ancestor = [], [], []
-        node_X = torch.zeros_like(item_X)  # the root
-        for level in range(self.num_levels):
-            found_X = self._static_child(level, node_X, codes_XL[:, level])
-            key_X = node_X * self.codebook_size + codes_XL[:, level]
-            new = torch.unique(key_X[found_X < 0])
-            node_X = torch.where(found_X < 0, self.code[level].numel() + torch.searchsorted(new, key_X), found_X)
-            code.append((new % self.codebook_size).int())
-            parent.append(new // self.codebook_size)
-            ancestor.append(node_X)
-        order_X = node_X.argsort(stable=True)  # slots of a leaf together
-        codes_XL, item_X = codes_XL[order_X], item_X[order_X]
-        static = self.parent[-1].numel()
-        ancestor = [nodes[order_X] for nodes in ancestor]
-        overlay = Overlay(codes_XL, item_X, code, [*parent, ancestor[-1]],
-                          [*ancestor, static + torch.arange(len(item_X), device=self.device)])
-        alive = None if self.alive is None else torch.cat((self.alive[:static], torch.ones_like(item_X, dtype=torch.bool)))
-        return self._replaced(overlay=overlay, slot_item=torch.cat((self.slot_item[:static], item_X.int())), alive=alive)
-
-    def _static_child(self, level: int, parent_X: Tensor, code_X: Tensor) -> Tensor:
-        """Node of each (parent, code) among the static ones, -1 where there is none: a binary search in all children lists at once."""
-        offset, code = self.child_offset[level], self.code[level]
-        static_X = parent_X.clamp(max=offset.numel() - 2)
-        low_X, end_X = offset[static_X].long(), offset[static_X + 1].long()
-        end_X = torch.where(static_X == parent_X, end_X, low_X)
-        high_X = end_X
-        for _ in range(int(self.codebook_size).bit_length() + 1):
-            middle_X = (low_X + high_X) // 2
-            below_X = (low_X < high_X) & (code[middle_X.clamp(max=code.numel() - 1)] < code_X)
-            low_X, high_X = torch.where(below_X, middle_X + 1, low_X), torch.where(below_X, high_X, torch.maximum(low_X, middle_X))
-        found_X = (low_X < end_X) & (code[low_X.clamp(max=code.numel() - 1)] == code_X)
-        return torch.where(found_X, low_X, -1)
 
     def _replaced(self, **changes: "Tensor | Overlay | list[Tensor] | None") -> "Trie":
         trie = object.__new__(Trie)
@@ -383,12 +331,3 @@ def _checked(codes_NL: np.ndarray | Tensor, codebook_size: int, items: np.ndarra
         raise TokenizerError(f"item {items_N[row]} has codes {codes_NL[row].tolist()}, expected 0..{codebook_size - 1}; "
                              "encode every ad with this tokenizer first")
     return codes_NL, items_N
-
-
-def _either(static: Tensor, extra: Tensor | None, index_M: Tensor) -> Tensor:
-    """Entries of one array continued by another, int64."""
-    if extra is None or not extra.numel():
-        return static.index_select(0, index_M).long()
-    in_extra_M = index_M - static.numel()
-    values_M = static.index_select(0, index_M.clamp(max=static.numel() - 1))
-    return torch.where(in_extra_M >= 0, extra.index_select(0, in_extra_M.clamp(min=0)), values_M).long()

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from gpr_dist.decoding.trie import LegalCache, Trie
+from gpr_dist.decoding.legality import LegalCache
+from gpr_dist.decoding.trie import Trie
 from gpr_dist.errors import TokenizerError
 
 
