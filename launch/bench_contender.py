@@ -24,13 +24,14 @@ class PeerError(GPRError, RuntimeError):
 class Contender:
     """A process that runs one step when asked."""
 
-    def __init__(self, script: str, kind: str, settings: dict[str, Any], python: Path | str = sys.executable, ours: bool = False) -> None:
+    def __init__(self, script: str, kind: str, settings: dict[str, Any], python: Path | str = sys.executable, ours: bool = False,
+                 allocator: dict[str, str] = ALLOCATOR) -> None:
         """Args: script: of this folder. kind: one of its builders. settings: the builder's, and `threads`. ours: imports gpr_dist.
 
         Raises: PeerError with the reason where it does not run here.
         """
         threads = str(settings["threads"])
-        environment = {**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        environment = {**os.environ, **allocator, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         if ours:
             environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
         try:

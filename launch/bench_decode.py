@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from bench_contender import Contender, PeerError
+from bench_contender import ALLOCATOR, Contender, PeerError
 from bench_step import merged
 from pydantic import Field, model_validator
 from tqdm import tqdm
@@ -71,6 +71,8 @@ class DecodeBenchConfig(Config):
     """of all contenders"""
     threads: int = Field(1, ge=1)
     """of every contender"""
+    keep_memory: bool = True
+    """whether glibc keeps large temporaries (bench_contender.ALLOCATOR) in every contender, or works as it does without settings"""
     seconds: float = Field(1.0, gt=0)
     """of calls, per contender, case and round; at least one call"""
     rounds: int = Field(3, ge=1)
@@ -124,7 +126,9 @@ def run_bench(config: DecodeBenchConfig) -> dict[str, Any]:
 def start(config: DecodeBenchConfig, model: GPRConfig) -> tuple[dict[str, Contender], dict[str, str]]:
     """Returns: the processes by name, ours first; name -> why it does not run here."""
     settings = {**config.model_dump(mode="json", exclude={"out", "switches", "contenders"}), "requests": requests(config)}
-    found = {OURS: Contender("bench_decode_ours.py", "ours", {**settings, "model": model.model_dump(mode="json")}, ours=True)}
+    allocator = ALLOCATOR if config.keep_memory else {}
+    found = {OURS: Contender("bench_decode_ours.py", "ours", {**settings, "model": model.model_dump(mode="json")}, ours=True,
+                             allocator=allocator)}
     absent = {}
     for name in config.contenders:
         if name == "gpr_recsys" and config.gpr_recsys is None:
@@ -132,7 +136,8 @@ def start(config: DecodeBenchConfig, model: GPRConfig) -> tuple[dict[str, Conten
             continue
         python = sys.executable if name == "gpr_recsys" else config.transformers_python
         try:
-            found[name] = Contender("bench_decode_peers.py", name, {**settings, "path": settings["gpr_recsys"]}, python=python)
+            found[name] = Contender("bench_decode_peers.py", name, {**settings, "path": settings["gpr_recsys"]}, python=python,
+                                    allocator=allocator)
         except PeerError as error:
             absent[name] = str(error)
     return found, absent

@@ -103,6 +103,16 @@ def test_sampled_softmax_is_the_one_over_fetched_vectors(ours):
     assert float(found) == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
 
 
+def test_our_full_softmax_is_the_peers(ours, launch):
+    torch.manual_seed(0)
+    state, table = (torch.randn(rows, 4, dtype=torch.float64, requires_grad=True) for rows in (7, 10))
+    item = torch.randint(1, 10, (7,))
+    losses = [loss(torch.nn.functional.normalize(state, dim=1), table, item)
+              for loss in (ours.chunked_softmax, launch("bench_step_peers").full_softmax)]
+    found, expected = ((loss, *torch.autograd.grad(loss, (state, table))) for loss in losses)
+    assert all(torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-6) for a, b in zip(found, expected, strict=True))
+
+
 def test_rates_follow_from_seconds(bench):
     about = {"memory_bytes": 3, "tokens": 100, "targets": 10,
              "flops": {"hsd.dense": 6e9, "hsd.attention": 1e9, "ptd.dense": 2e9, "hte": 1e9}}
