@@ -5,9 +5,10 @@ num_context, and token_type, block, item, action, scene, timestamp, value end to
 and balances work in every row of the table; "full batch" is what training gets, with semantic IDs, requests and the targets of four MTP
 heads on top. MB/s counts the raw bytes of the journeys' columns for everybody. Peers do the work in their usual way; where an expert
 could write something faster with the same library, that runs too. Opening is not timed, whole epochs are; ours verifies its checksums
-again in each. Ours reads and packs in two background threads as in training, which wall time shows on an idle machine with more than one
-core; "rows per CPU s" counts all threads and worker processes. `core=0` binds everything to one core. StatefulDataLoader also runs with
-two worker processes, which make whole micro-batches.
+again in each. All have the same cores: ours reads in one background thread and packs in `pack_threads` as in training, StatefulDataLoader
+also runs with two worker processes that make whole micro-batches. Wall time shows that on an idle machine with more than one core; "rows
+per CPU s" counts all threads and worker processes. `core=0` binds everything to one core. Contenders in EXPERT are code of our own over
+the peer's storage, faster than its usual way; the table compares with the fastest peer without and with them.
 """
 
 import itertools
@@ -37,6 +38,7 @@ from gpr_dist.schema import EVERY_AD, JOURNEY_SCHEMA, NO_ITEM, Action, TokenType
 
 COLUMNS = ("token_type", "block", "item", "action", "scene", "timestamp", "value")
 OUR_COLUMNS = ["num_context", "num_lookahead", *COLUMNS]  # a loader of ours counts tokens without look-ahead
+EXPERT = ("datasets, arrow format", "StatefulDataLoader, numpy views", "StatefulDataLoader, numpy views, 2 workers")
 Epoch = Callable[[], tuple[int, int]]
 """Runs one epoch; returns rows and tokens delivered."""
 
@@ -62,6 +64,8 @@ class LoaderBenchConfig(Config):
     """of the journeys and of the order"""
     prefetch_steps: int = Field(default=2, ge=0)
     """of our loader; 0 = its batches are made in the consumer's thread"""
+    pack_threads: int = Field(default=2, ge=1)
+    """threads of our loader that pack steps"""
     core: int | None = None
     """CPU core this process is bound to; none = free, so that threads of a loader help it"""
     contenders: tuple[str, ...] = ()
@@ -138,8 +142,9 @@ def _open_all(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path)
         "datasets, arrow format": lambda at: _datasets(config, journeys, at, "arrow"),
         "mosaicml-streaming": lambda at: _mosaic(config, journeys, at),
         "StatefulDataLoader, arrow rows": lambda at: _stateful(config, journeys, at, _ArrowRows),
-        "StatefulDataLoader, 2 workers": lambda at: _stateful_workers(config, journeys, at, 2),
+        "StatefulDataLoader, 2 workers": lambda at: _stateful_workers(config, journeys, at, 2, _ArrowRows),
         "StatefulDataLoader, numpy views": lambda at: _stateful(config, journeys, at, _RowViews),
+        "StatefulDataLoader, numpy views, 2 workers": lambda at: _stateful_workers(config, journeys, at, 2, _RowViews),
     }
     epochs, absent = {}, {}
     for number, (name, build) in enumerate(builders.items()):
@@ -161,7 +166,8 @@ def _ours(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path, con
     codes = np.random.default_rng(0).integers(0, 2048, (config.num_items, 3)).astype(np.int32)
     # 4,096 rows are shuffled together, from 32 places of the whole epoch; with the loader's defaults it would be 65,536
     settings = LoaderConfig(seed=config.seed, global_batch_size=512, num_streams=32, shuffle_rows=128,
-                            micro_batch_tokens=config.micro_batch_tokens, prefetch_steps=config.prefetch_steps)
+                            micro_batch_tokens=config.micro_batch_tokens, prefetch_steps=config.prefetch_steps,
+                            pack_threads=config.pack_threads)
     loader = build_loader(folder, settings, World(), codes, num_heads=4)
     if not full:
         loader = Loader(loader.reader, loader.sampling, World(), _columns_only, settings.prefetch_steps, settings.read_threads,
@@ -250,11 +256,11 @@ def _stateful(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path,
     return epoch
 
 
-def _stateful_workers(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path, num_workers: int) -> Epoch:
+def _stateful_workers(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path, num_workers: int, kind: type) -> Epoch:
     from torchdata.stateful_dataloader import StatefulDataLoader
 
     batches = _TokenBatches(journeys.column("token_type").value_lengths().to_numpy(), config.micro_batch_tokens, config.seed)
-    loader = StatefulDataLoader(_ArrowRows(_mapped(journeys, folder)), batch_sampler=batches, collate_fn=_tensors, num_workers=num_workers,
+    loader = StatefulDataLoader(kind(_mapped(journeys, folder)), batch_sampler=batches, collate_fn=_tensors, num_workers=num_workers,
                                 persistent_workers=True)
     iter(loader)  # starts the workers: now, while this process has no other threads
     return lambda: _count(loader)
@@ -364,20 +370,22 @@ def _count(batches: Iterable[dict[str, torch.Tensor]]) -> tuple[int, int]:
 
 def _report(config: LoaderBenchConfig, medians: dict[str, tuple[float, float]], seconds: dict[str, list[float]],
             absent: dict[str, str], row_bytes: float, num_tokens: int) -> None:
-    peers = {name: median for name, median in medians.items() if not name.startswith("ours")}
-    fastest = min(peers, key=peers.get) if peers else None
+    peers = {name: wall for name, (wall, _) in medians.items() if not name.startswith("ours")}
+    fastest = min(peers.values(), default=float("nan"))
+    fastest_usual = min((wall for name, wall in peers.items() if name not in EXPERT), default=float("nan"))
     print(f"{config.num_rows} journeys, {num_tokens / config.num_rows:.0f} tokens and {row_bytes / 1000:.1f} kB each on average; "
           f"one process, {len(os.sched_getaffinity(0))} cores, median of {config.repetitions} interleaved epochs")
-    print(f"{'':32} {'rows/s':>9} {'MB/s':>7} {'x fastest peer':>15} {'rows per CPU s':>15}")
+    print(f"{'':42} {'rows/s':>9} {'MB/s':>7} {'x fastest peer':>15} {'x usual ways':>13} {'rows per CPU s':>15}")
     results = {}
     for name, (median, cpu) in sorted(medians.items(), key=lambda item: item[1]):
         rate = config.num_rows / median
-        ratio = peers[fastest][0] / median if fastest else float("nan")
-        results[name] = {"rows_per_s": rate, "mb_per_s": rate * row_bytes / 1e6, "times_fastest_peer": ratio, "seconds": seconds[name],
+        results[name] = {"rows_per_s": rate, "mb_per_s": rate * row_bytes / 1e6, "times_fastest_peer": fastest / median,
+                         "times_fastest_usual_way": fastest_usual / median, "seconds": seconds[name],
                          "rows_per_cpu_s": config.num_rows / cpu}
-        print(f"{name:32} {rate:9.0f} {rate * row_bytes / 1e6:7.0f} {ratio:15.2f} {config.num_rows / cpu:15.0f}")
+        print(f"{name:42} {rate:9.0f} {rate * row_bytes / 1e6:7.0f} {fastest / median:15.2f} {fastest_usual / median:13.2f} "
+              f"{config.num_rows / cpu:15.0f}")
     for name, reason in absent.items():
-        print(f"{name:32} not installed here: {reason}")
+        print(f"{name:42} not installed here: {reason}")
     if config.out:
         everything = {"config": config.model_dump(mode="json"), "results": results, "absent": absent}
         Path(config.out).write_text(json.dumps(everything, indent=1))

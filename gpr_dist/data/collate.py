@@ -70,7 +70,7 @@ class JourneyColumns:
         """A copy of these rows (int64 positions) in this order, with the batch's types: int64 and float32."""
         index = pa.array(rows)
         offsets, values = {}, {}
-        for name, column in self._byte_strings.items():  # one by one: what was gathered is still in the cache when it is cast
+        for name, column in self._byte_strings.items():  # one by one: only one is in memory in both its types
             _, ends, content = column.take(index).buffers()
             stored = np.frombuffer(content, _DTYPES[name]) if content else np.zeros(0, _DTYPES[name])
             values[name] = stored.astype(np.float32 if stored.dtype.kind == "f" else np.int64, copy=False)
