@@ -320,7 +320,7 @@ class CopyMass:
     request_M: Tensor  # int64, ascending
     item_M: Tensor  # int64 catalogue indices, each at most once per request
     log_mass_M: Tensor  # float32; over the eligible items of each request the masses sum to 1
-    log_gate_B: Tensor  # float32, log g <= 0; -inf = closed
+    log_gate_B: Tensor  # float32 [B], log g <= 0; -inf = closed; or [B, H] where H MTP heads are searched
 
 
 def file_checksum(path: Path, digest: type = xxhash.xxh3_64) -> str:

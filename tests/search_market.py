@@ -49,7 +49,7 @@ class SearchMarket:
         self.log_probs_BPLXV = logits.log_softmax(-1).float()
         self.value_BPLXV = torch.from_numpy(rng.normal(size=(B, P, L, V**L, V))).float()
         self.item_weight = trie.slot_weights(self.weight)
-        self.calls = []
+        self.calls, self.copy = [], None
 
     # the model
 
@@ -63,6 +63,9 @@ class SearchMarket:
         self.calls.append(("values", level))
         request, head, number = (part[row_M] for part in state)
         return self.value_BPLXV[request, head, level, number, code_M]
+
+    def copies(self, num_requests, heads):
+        return self.copy
 
     # the truth
 
@@ -95,21 +98,22 @@ class SearchMarket:
                       for code, step in self.steps(request, prefix, softmax, head, temperature).items()}
         return scores
 
-    def copy_mass(self):
+    def copy_mass(self, heads=1):
         """Past items of every request but the last, whether it may show them or not; some gates are closed, one is wide open."""
         pairs = sorted((request, item) for request in range(B - 1) for item in self.rng.choice(N, 12, replace=False).tolist())
         mass = self.rng.random(len(pairs))
-        log_gate = torch.tensor([0.3, 0.9, 0.5, 0.5, 0.5, 1.0, 0.4]).log()
+        log_gate = torch.tensor([[0.3, 0.9, 0.5, 0.5, 0.5, 1.0, 0.4], [0.8, 0.0, 0.5, 0.1, 0.5, 1.0, 0.3]]).T[:, :heads].log()
         request, item = torch.tensor(pairs).unbind(1)
         return CopyMass(request, item, torch.from_numpy(np.log(mass)).float(), log_gate)
 
     def copied(self, copy, request):
-        """(gate, eligible item -> its share of the copy mass); the gate is closed without such items."""
+        """(gates of the heads, eligible item -> its share of the copy mass); the gates are closed without such items."""
         mine = copy.request_M == request
         mass = {item: math.exp(log) for item, log in zip(copy.item_M[mine].tolist(), copy.log_mass_M[mine].tolist(), strict=True)
                 if item in self.items[request]}
         total = sum(mass.values())
-        return (float(copy.log_gate_B[request].exp()) if mass else 0.0), {item: part / total for item, part in mass.items()}
+        gates = [float(gate) if mass else 0.0 for gate in copy.log_gate_B[request].exp()]
+        return gates, {item: part / total for item, part in mass.items()}
 
 
 def prefix_number(prefix_Nl):

@@ -9,6 +9,7 @@ from gpr_dist.decoding.legality import Eligible
 from gpr_dist.decoding.ranking import rank_items
 from gpr_dist.decoding.search import BeamResult, SearchConfig, Softmax, search
 from gpr_dist.decoding.trie import Trie
+from gpr_dist.schema import CopyMass
 
 # B requests  K results  N alive prefixes  V codes per level  l codes of a prefix  Gr eligibility groups
 
@@ -21,8 +22,8 @@ StepLogProbs = Callable[[Tensor, Tensor], Tensor]
 class _Function:
     """A `SearchModel` without values."""
 
-    def __init__(self, step_log_probs: StepLogProbs) -> None:
-        self._step_log_probs = step_log_probs
+    def __init__(self, step_log_probs: StepLogProbs, copy: CopyMass | None) -> None:
+        self._step_log_probs, self._copy = step_log_probs, copy
 
     def log_probs(self, request_N: Tensor, head_N: Tensor, prefix_Nl: Tensor) -> tuple[Tensor, None]:
         return self._step_log_probs(request_N, prefix_Nl), None
@@ -30,10 +31,13 @@ class _Function:
     def values(self, state: None, row_M: Tensor, code_M: Tensor, level: int) -> Tensor:
         raise NotImplementedError("a function of log-probabilities has no values")
 
+    def copies(self, num_requests: int, heads: tuple[int, ...]) -> CopyMass | None:
+        return self._copy
+
 
 def beam_search(step_log_probs: StepLogProbs, trie: Trie, legal: Sequence[Tensor], request_group_B: Tensor,
                 beam_width: int | Sequence[int] = 128, normalise: Softmax = "all", item_weight_M: Tensor | None = None,
-                exclude: tuple[Tensor, Tensor] | None = None) -> BeamResult:
+                exclude: tuple[Tensor, Tensor] | None = None, copy: CopyMass | None = None) -> BeamResult:
     """The K legal leaves with the largest probability that survive the beam.
 
     Args:
@@ -47,11 +51,12 @@ def beam_search(step_log_probs: StepLogProbs, trie: Trie, legal: Sequence[Tensor
             for models trained that way; otherwise it favours leaves whose siblings are switched off. "prior" = "legal" with
             probabilities times the legal `item_weight_M` below each child.
         exclude: (request int64, item) pairs that may not be shown, in any order.
+        copy: the pointer to past items, e.g. of `ModelSearch.copies`; None = the generator alone.
     Returns: BeamResult with exactly K columns. With K >= the number of legal prefixes at every level it equals brute force.
     Raises: TrainingError when the model returns NaN.
     """
     config = SearchConfig(width=beam_width if isinstance(beam_width, int) else tuple(beam_width), softmax=normalise)
-    return search(_Function(step_log_probs), Eligible.of(trie, legal, request_group_B, exclude), config, item_weight_M)
+    return search(_Function(step_log_probs, copy), Eligible.of(trie, legal, request_group_B, exclude), config, item_weight_M)
 
 
 def expand_items(result: BeamResult, trie: Trie, legal_slots: Tensor, request_group_B: Tensor, item_weight_M: Tensor, k: int,

@@ -1,7 +1,7 @@
 """A GPR model as the search sees it: encode a batch once, then log-probabilities of the next code, and values where they guide."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,3 +53,13 @@ class ModelSearch:
 
     def values(self, state_ND: Tensor, row_M: Tensor, code_M: Tensor, level: int) -> Tensor:
         return self.model(self.batch, task="values", state_MD=state_ND.index_select(0, row_M), code_M=code_M, level=level)
+
+    def copies(self, num_requests: int, heads: tuple[int, ...]) -> CopyMass | None:
+        copying = self.opening.copying
+        if copying is None:
+            return None
+        copy, last_request = copying.of_items(self.batch, heads[0]), self.first_request + num_requests
+        first, last = torch.searchsorted(copy.request_M, copy.request_M.new_tensor([self.first_request, last_request])).tolist()
+        gate_BH = copying.log_gate_RP[self.first_request : last_request, list(heads)].float()
+        return replace(copy, request_M=copy.request_M[first:last] - self.first_request, item_M=copy.item_M[first:last],
+                       log_mass_M=copy.log_mass_M[first:last], log_gate_B=gate_BH)

@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 
 from gpr_dist.decoding.legality import Eligible
-from gpr_dist.decoding.pointer import Pointer
 from gpr_dist.decoding.search import BeamResult, Softmax
 from gpr_dist.decoding.segments import starts
-from gpr_dist.schema import CopyMass
 
 # B requests  K ranked items  N leaves found, of all requests  M their eligible items
 
@@ -28,7 +26,7 @@ class RankedItems:
 
 @torch.no_grad()
 def rank_items(result: BeamResult, eligible: Eligible, item_weight_M: Tensor, k: int, softmax: Softmax = "all",
-               copy: CopyMass | None = None, value_M: Tensor | None = None, order: Order = "probability") -> RankedItems:
+               value_M: Tensor | None = None, order: Order = "probability") -> RankedItems:
     """The k best eligible items on the leaves found (ties: more probable, then smaller index).
 
     Items that collide on one semantic ID are one to the model; ordering whole leaves would put every item of a crowded leaf before
@@ -37,7 +35,6 @@ def rank_items(result: BeamResult, eligible: Eligible, item_weight_M: Tensor, k:
     Args:
         item_weight_M: [slots] > 0, from `Trie.slot_weights`; the items of a leaf share its probability in proportion.
         softmax: as in the search: "all" shares a leaf among all its items, "legal" and "prior" among those eligible.
-        copy: as in the search; a past item has its own copy mass.
         value_M: [slots], e.g. eCPM or final_value; None = V_L of the item's leaf, where the search has worked it out.
         order: probability = log p(leaf) + log p(item | leaf); value = the auction, by value alone; leaf_value = leaves as the search
             ordered them, the items of each by value.
@@ -60,8 +57,8 @@ def rank_items(result: BeamResult, eligible: Eligible, item_weight_M: Tensor, k:
     item_M, request_M = trie.slot_item.index_select(0, slot_M).long(), request_N.index_select(0, owner_M)
     leaf_score_BK = result.score_BK if result.log_p_gen_BK is None else result.log_p_gen_BK
     score_M = leaf_score_BK[request_N, beam_N][owner_M] + (weight_M / total_N[owner_M]).log().float()
-    if copy is not None:
-        score_M = Pointer(eligible, copy).mix(level, request_M, slot_M, score_M)
+    if result.pointer is not None:  # a past item has its own copy mass
+        score_M = result.pointer.mix(level, request_M, slot_M, score_M)
 
     item_value_M = None
     if value_M is not None:

@@ -106,6 +106,9 @@ class SearchModel(Protocol):
     def values(self, state: Any, row_M: Tensor, code_M: Tensor, level: int) -> Tensor:
         """V_{level+1} of code `code_M` after the prefix in row `row_M` of the last `log_probs`, [M]; M may be 0."""
 
+    def copies(self, num_requests: int, heads: tuple[int, ...]) -> CopyMass | None:
+        """What the pointer to past items says about the requests, gates [B, H] of these heads; None = the model has no pointer."""
+
 
 @dataclass(frozen=True)
 class BeamResult:
@@ -115,6 +118,7 @@ class BeamResult:
     score_BK: Tensor  # float32, log-probability of the path in nats
     codes_BKL: Tensor  # int64
     log_p_gen_BK: Tensor | None = None  # float32, of the generator alone; only with a pointer
+    pointer: Pointer | None = None  # what was mixed with it
     value_BK: Tensor | None = None  # float32, V_L in log1p units; only with strategy value
     perturbed_BK: Tensor | None = None  # float32, Gumbel-perturbed score, which orders the result; only with strategy gumbel
 
@@ -134,12 +138,11 @@ class Beams:
 
 @torch.no_grad()
 def search(model: SearchModel, eligible: Eligible, config: SearchConfig, item_weight_M: Tensor | None = None,
-           copy: CopyMass | None = None, request_id_B: Tensor | None = None) -> BeamResult:
+           request_id_B: Tensor | None = None) -> BeamResult:
     """Find K legal leaves per request.
 
     Args:
         eligible: what each request may be shown. item_weight_M: [slots], from `Trie.slot_weights`; for softmax=prior.
-        copy: the pointer; None = the generator alone.
         request_id_B: int64, for sampling: a request draws the same numbers whatever batch it is in.
     Returns: exactly K columns. A beam of at least the number of legal prefixes is exact. "sample" returns its draws in their order.
     Raises: TrainingError when the model returns NaN.
@@ -150,7 +153,8 @@ def search(model: SearchModel, eligible: Eligible, config: SearchConfig, item_we
     assert not sampled or request_id_B is not None, f"strategy={config.strategy} needs request_id_B"
     num_searches = eligible.num_requests * heads
     prior = _Prior(eligible, item_weight_M) if config.softmax == "prior" else None
-    pointer = Pointer(eligible, copy) if copy is not None else None
+    copy = model.copies(eligible.num_requests, config.heads)
+    pointer = Pointer.of(eligible, copy, heads) if copy is not None else None
     head_H = torch.tensor(config.heads, device=trie.device)
     draws = choose.Draws(config.seed, request_id_B.to(trie.device), widths[-1][0]) if sampled else None
 
@@ -178,7 +182,7 @@ def search(model: SearchModel, eligible: Eligible, config: SearchConfig, item_we
             step_M -= _total(step_M, owner_M, place_M, log_probs_NV.shape).index_select(0, owner_M)
         log_p_gen_M = score_M = step_M + beams.log_p_gen_N.index_select(0, owner_M)
         if pointer is not None:
-            score_M = pointer.mix(level, request_N.index_select(0, owner_M), child_M, log_p_gen_M)
+            score_M = pointer.mix(level, beams.search_N.index_select(0, owner_M), child_M, log_p_gen_M)
         if score_M.sum().isnan():  # -inf, a code that the model rules out, is not NaN
             raise TrainingError(f"the model returned NaN log-probabilities at level {level} of the beam search")
 
@@ -213,7 +217,7 @@ def search(model: SearchModel, eligible: Eligible, config: SearchConfig, item_we
         beams = Beams(*(None if part is None else part[row_S] for part in vars(beams).values()))
         return _as_result(beams, request_S, column_S, eligible.num_requests, widths[-1][0], pointer, config)
     if heads > 1:
-        beams = _unite(beams, config, eligible, pointer)
+        beams, pointer = _unite(beams, config, eligible, pointer)
     first_Q = starts(beams.search_N, eligible.num_requests)
     column_N = torch.arange(beams.node_N.numel(), device=trie.device) - first_Q.index_select(0, beams.search_N)
     return _as_result(beams, beams.search_N, column_N, eligible.num_requests, sum(widths[-1]), pointer, config)
@@ -248,7 +252,7 @@ class _Prior:
         return step_M + log_M
 
 
-def _unite(beams: Beams, config: SearchConfig, eligible: Eligible, pointer: Pointer | None) -> Beams:
+def _unite(beams: Beams, config: SearchConfig, eligible: Eligible, pointer: Pointer | None) -> tuple[Beams, Pointer | None]:
     """Leaves of all heads of a request, each once: p(leaf) = sum over the heads that found it of weight times p_head(leaf)."""
     heads, leaves = len(config.heads), eligible.trie.num_leaves
     request_N = beams.search_N // heads
@@ -256,10 +260,16 @@ def _unite(beams: Beams, config: SearchConfig, eligible: Eligible, pointer: Poin
     key, place_N = torch.unique(request_N * leaves + beams.node_N, return_inverse=True)
     request, leaf = key // leaves, key % leaves
     weighted_N = beams.log_p_gen_N + log_weight_N
+    if pointer is not None:
+        weighted_N = weighted_N + pointer.log_rest_Q[beams.search_N]
     log_p_gen = torch.full_like(key, -torch.inf, dtype=weighted_N.dtype)
     reached = torch.zeros_like(key, dtype=torch.bool).index_fill_(0, place_N[weighted_N > -torch.inf], True)
     log_p_gen = torch.where(reached, log_sum_exp(weighted_N, place_N, len(key)), log_p_gen)
-    score = log_p_gen if pointer is None else pointer.mix(eligible.trie.num_levels - 1, request, leaf, log_p_gen)
+    score = log_p_gen
+    if pointer is not None:
+        pointer = pointer.united(config.shares)
+        log_p_gen = torch.where(reached, log_p_gen - pointer.log_rest_Q[request], log_p_gen)
+        score = pointer.mix(eligible.trie.num_levels - 1, request, leaf, log_p_gen)
     best = torch.full_like(score, -torch.inf).scatter_reduce(0, place_N, weighted_N, "amax")
     source = torch.zeros_like(key)  # the head most sure of a leaf speaks for its value
     is_best_N = weighted_N == best[place_N]
@@ -270,7 +280,7 @@ def _unite(beams: Beams, config: SearchConfig, eligible: Eligible, pointer: Poin
         order_score = score + config.guide.eta * z_scores(value, request, eligible.num_requests)
     chosen = top_k(order_score, starts(request, eligible.num_requests), len(key))
     return Beams(request[chosen], leaf[chosen], beams.codes_Nl[source[chosen]], log_p_gen[chosen], score[chosen],
-                 None if value is None else value[chosen])
+                 None if value is None else value[chosen]), pointer
 
 
 def _as_result(beams: Beams, request_N: Tensor, column_N: Tensor, num_requests: int, k: int, pointer: Pointer | None,
@@ -280,7 +290,7 @@ def _as_result(beams: Beams, request_N: Tensor, column_N: Tensor, num_requests: 
             (request_N, column_N), values_N)
 
     return BeamResult(spread(beams.node_N, -1), spread(beams.score_N, -torch.inf), spread(beams.codes_Nl, -1),
-                      spread(beams.log_p_gen_N, -torch.inf) if pointer is not None else None,
+                      spread(beams.log_p_gen_N, -torch.inf) if pointer is not None else None, pointer,
                       spread(beams.extra_N, torch.nan) if config.strategy == "value" else None,
                       spread(beams.extra_N, -torch.inf) if config.strategy == "gumbel" else None)
 
