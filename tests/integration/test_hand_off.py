@@ -1,0 +1,330 @@
+"""The hand-off: a checkpoint of three ranks → bundle → the same ads for requests made from the raw logs; and further jobs start from it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from checkpoint_files import write_checkpoint
+from ranks import ROOT, run_ranks
+
+from gpr_dist.bundle import MANIFEST, WEIGHTS, read_manifest
+from gpr_dist.data.collate import JourneyColumns, collate
+from gpr_dist.data.eligibility import Eligibility
+from gpr_dist.data.reader import ShardReader
+from gpr_dist.decoding.legality import Eligible, LegalCache
+from gpr_dist.decoding.model_decoder import ModelDecoder
+from gpr_dist.decoding.ranking import rank_items
+from gpr_dist.decoding.search import SearchConfig, search
+from gpr_dist.decoding.trie import Trie
+from gpr_dist.errors import CheckpointError
+from gpr_dist.job import DataConfig, PretrainConfig, resolve
+from gpr_dist.model.gpr import GPR, GPRConfig
+from gpr_dist.schema import EVERY_AD, TokenType
+from gpr_dist.serving.prompts import build_prompts
+from gpr_dist.serving.recommender import NO_ELIGIBLE_AD, Recommender
+from gpr_dist.tokenizer.semantic_ids import SemanticIds
+
+MODEL = {"width": 16, "num_mtp_heads": 2, "hsd": {"num_heads": 2}, "ptd": {"num_heads": 2},
+         "embedding": {"feature_buckets": 64, "scene_buckets": 8}}
+WIDTH, K, CONTEXT = 12, 5, 16
+
+
+def call(script, cwd, *arguments, **options):
+    return subprocess.run([sys.executable, ROOT / "launch" / script, *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
+                          timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, **options)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, tmp_path_factory):
+    """(step folder of a checkpoint of 3 ranks, its model)."""
+    folder = tmp_path_factory.mktemp("run") / "tiny"
+    job, _, fingerprints = resolve(PretrainConfig(data=DataConfig(folder=tiny / "data", build=tiny / "build.yaml"), model=MODEL))
+    torch.manual_seed(3)
+    model = GPR(job.model).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    step = write_checkpoint(folder / "step-000012", dict(model.named_parameters()), 3, job.model_dump(mode="json"), fingerprints)
+    return step, model
+
+
+@pytest.fixture(scope="module")
+def bundle(trained, tmp_path_factory):
+    out = tmp_path_factory.mktemp("hand-off") / "bundle"
+    done = call("export.py", out.parent, f"checkpoint={trained[0].parent}", f"out={out}", f"search.width={WIDTH}", "license=CC0")
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def recommender(bundle):
+    opened = Recommender.load(bundle)
+    limits = opened.settings.requests.model_copy(update={"context_tokens": CONTEXT})  # as the shards of the tiny data are cut
+    opened.settings = opened.settings.model_copy(update={"requests": limits})
+    return opened
+
+
+@pytest.fixture(scope="module")
+def asked(tiny):
+    """Requests made from the raw logs: the first request of every test row, with all events of its user, also later ones."""
+    logs = {name: pl.read_parquet(tiny / "logs" / f"{name}.parquet") for name in ("ads", "reads")}
+    events = {}
+    for name, kind in (("ads", "ad"), ("reads", "organic")):
+        for row in logs[name].iter_rows(named=True):
+            event = {"item_id": row["item"], "type": kind, "time": row["ts"]}
+            if kind == "ad":
+                event |= {"action": "click", "value": row["ecpm"], "env": {"slot": row["slot"]}}
+            events.setdefault(row["uid"], []).append(event)
+    reader = ShardReader(tiny / "data" / "shards" / "test")
+    requests, sites = [], []
+    for number in range(reader.num_batches):
+        for row in reader.read_batch(number).to_pylist():
+            kind = np.array(row["token_type"])
+            first_ad = row["num_context"] + int(np.flatnonzero(kind[row["num_context"]:] == TokenType.I)[0])
+            now = row["timestamp"][first_ad]
+            slot = next(e["env"]["slot"] for e in events[row["user_id"]] if e["type"] == "ad" and e["time"] == now)
+            requests.append({"user": row["user_id"], "time": now, "env": {"slot": slot}, "history": events[row["user_id"]], "k": K})
+            sites.append((len(requests) - 1, first_ad))
+    return requests, sites
+
+
+def lines_of(requests):
+    return [json.dumps(request).encode() for request in requests]
+
+
+def checkpoint_answers(tiny, model, weight_I):
+    """The best items and scores of every test row's first request, by the search of launch/evaluate.py on the shards' own batches."""
+    semantic_ids = SemanticIds.load(tiny / "data" / "tokenizer")
+    eligibility = Eligibility.load(tiny / "data")
+    ads = eligibility.items(EVERY_AD)
+    trie = Trie.from_codes(semantic_ids.codes_NL[ads], semantic_ids.codebook_size, ads)
+    weight_M, cache = trie.slot_weights(torch.from_numpy(weight_I)), LegalCache(trie, eligibility.items)
+    reader, answers = ShardReader(tiny / "data" / "shards" / "test"), []
+    for number in range(reader.num_batches):
+        columns = JourneyColumns.of(reader.read_batch(number))
+        rows = np.arange(columns.num_rows)
+        batch = collate(columns.take(rows), rows, semantic_ids.codes_NL, 1, len(reader.manifest.user_features),
+                        len(reader.manifest.env_features))
+        decode = ModelDecoder(model, "cpu")
+        legal, group = cache(batch.request_eligibility_R)
+        eligible, config = Eligible.of(trie, legal, group), SearchConfig(width=WIDTH, softmax="prior")
+        result = search(decode.searcher(decode.start(batch)), eligible, config, weight_M)
+        ranked = rank_items(result, eligible, weight_M, K, "prior")
+        first = torch.searchsorted(batch.request_row_R, torch.from_numpy(rows))
+        answers += [(ranked.item_BK[r], ranked.score_BK[r]) for r in first.tolist()]
+    return answers
+
+
+def test_the_prompts_are_those_of_the_shards(tiny, recommender, asked):
+    requests, sites = asked
+    prompts = build_prompts(recommender.parse(lines_of(requests)).requests, recommender.settings.requests, recommender.index_of)
+    reader = ShardReader(tiny / "data" / "shards" / "test")
+    columns = JourneyColumns.of(pa.Table.from_batches([reader.read_batch(n) for n in range(reader.num_batches)]).combine_chunks()
+                                .to_batches()[0])
+    assert recommender.settings.requests.time_features == ("hour",) and len(sites) > 50
+    for number, first_ad in sites:
+        row = columns.take(np.array([number]))
+        tokens = {name: values[:first_ad] for name, values in row.tokens.items()}
+        found = prompts.batch(np.array([number]), recommender.semantic_ids.codes_NL)
+        for name in ("token_type", "block", "item", "action", "scene", "timestamp", "value"):
+            np.testing.assert_array_equal(getattr(found, f"{name}_T").numpy(), tokens[name], f"{name} of row {number}")
+        num_e = int((tokens["token_type"] == TokenType.E).sum())
+        np.testing.assert_array_equal(found.env_features_EF.numpy().ravel(), row.sides["env_features"][1][:2 * num_e])
+
+
+def test_answers_are_the_checkpoints(tiny, trained, bundle, recommender, asked):
+    requests, _ = asked
+    expected = checkpoint_answers(tiny, trained[1], np.load(bundle / "item_weight.npy"))
+    answers = recommender.recommend(recommender.parse(lines_of(requests)))
+    assert len(answers) == len(expected)
+    for answer, (items, scores) in zip(answers, expected, strict=True):
+        np.testing.assert_allclose(answer.scores, scores.numpy(), rtol=0, atol=2e-5)
+        swapped = np.flatnonzero(np.array(answer.items) != items.numpy())  # rounding may swap items of equal score only
+        assert all(np.abs(scores[at] - np.array(answer.scores)).min() < 2e-5 for at in swapped) and len(swapped) <= 2
+        assert len(answer.values) == K and np.isfinite(answer.values).all()
+
+
+def test_an_answer_does_not_depend_on_its_company(recommender, asked):
+    requests = asked[0][:20]
+    together = recommender.recommend(recommender.parse(lines_of(requests)))
+    for request, answer in zip(requests[::4], together[::4], strict=True):
+        alone = recommender.recommend(recommender.parse(lines_of([request])))[0]
+        assert alone.items == answer.items and alone.skipped == answer.skipped
+        np.testing.assert_allclose(alone.scores, answer.scores, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(alone.values, answer.values, rtol=1e-4)
+
+
+def test_only_the_ads_asked_for(recommender, asked):
+    base = asked[0][0] | {"k": 12}
+    best = recommender.recommend(recommender.parse(lines_of([base])))[0].item_ids
+    ads = [str(name) for name in recommender.ids.take(pa.array(recommender.eligibility.items(EVERY_AD))).to_pylist()]
+    few = [best[3], ads[0], ads[1], "no such ad"]
+    cases = [base | {"eligible": few}, base | {"exclude": best[:4]}, base | {"eligible": few, "exclude": [best[3]]},
+             base | {"eligible": []}, base | {"eligible": ["no such ad"]}, base | {"exclude": ads}, base | {"eligible": ["article-1"]},
+             base | {"k": 2}]
+    answers = recommender.recommend(recommender.parse(lines_of(cases)))
+    assert set(answers[0].item_ids) == set(few) - {"no such ad"} and answers[0].unknown_ads == 1
+    assert not set(answers[1].item_ids) & set(best[:4]) and len(answers[1].item_ids) == 12
+    assert set(answers[2].item_ids) == {ads[0], ads[1]} - {best[3]}
+    assert all(answer.item_ids == [] and answer.reason == NO_ELIGIBLE_AD for answer in answers[3:7])
+    assert answers[7].item_ids == best[:2]
+
+
+def test_cold_start(recommender, asked):
+    base = {"time": 8_000_000, "env": {"slot": "slot-1"}}
+    unknown = {"item_id": "never seen", "type": "organic", "time": 7_000_000}
+    answers = recommender.recommend(recommender.parse(lines_of([base, base | {"user": "nobody", "history": [unknown] * 3},
+                                                                base | {"env": {"slot": "a new slot"}}])))
+    assert all(len(answer.items) == 10 for answer in answers)
+    assert answers[0].items == answers[1].items and answers[1].skipped == {"unknown_items": 3} and answers[0].skipped == {}
+
+
+def test_the_command_answers_every_line(bundle, asked, tmp_path):
+    requests, _ = asked
+    good = [json.dumps(request) for request in requests[:3]]
+    later = {**requests[0], "history": [{"item_id": "ad-1", "type": "organic", "time": requests[0]["time"]}]}
+    text = "\n".join([good[0], "nonsense", "", good[1], json.dumps({"tiem": 3}), json.dumps(requests[2] | {"eligible": []}),
+                      json.dumps(later)])
+    (tmp_path / "requests.jsonl").write_text(text)
+    done = call("recommend.py", tmp_path, f"bundle={bundle}", "requests=requests.jsonl", "--bench", "bench_requests=2")
+    assert done.returncode == 0, done.stderr
+    found = {answer["line"]: answer for answer in map(json.loads, done.stdout.splitlines())}
+    assert sorted(found) == [1, 2, 4, 5, 6, 7] and "one JSON object" in found[2]["error"] and "did you mean time" in found[5]["error"]
+    assert len(found[1]["ads"]) == K and {"item_id", "score", "value"} == found[1]["ads"][0].keys()
+    assert found[6]["ads"] == [] and found[6]["reason"] == NO_ELIGIBLE_AD
+    assert found[7]["skipped"] == {"not_before_the_request": 1}
+    assert "6 requests: 4 answered (1 without ads), 2 malformed" in done.stderr and "one by one: 2 requests, p50" in done.stderr
+
+    piped = call("recommend.py", tmp_path, f"bundle={bundle}", input=text)
+    assert piped.returncode == 0 and piped.stdout == done.stdout
+    assert call("recommend.py", tmp_path, f"bundle={bundle}", input="nonsense\n{").returncode == 1
+    assert call("recommend.py", tmp_path, f"bundle={bundle}", input="").returncode == 0
+
+    table = pa.Table.from_pylist([json.loads(line) for line in good])
+    pq.write_table(table, tmp_path / "requests.parquet")
+    with pa.ipc.new_file(str(tmp_path / "requests.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    expected = call("recommend.py", tmp_path, f"bundle={bundle}", input="\n".join(good)).stdout
+    for name in ("requests.parquet", "requests.arrow"):
+        done = call("recommend.py", tmp_path, f"bundle={bundle}", f"requests={name}")
+        assert done.returncode == 0 and done.stdout == expected, done.stderr
+
+
+def test_bad_input_is_one_line(bundle, trained, tmp_path):
+    def refused(script, *arguments):
+        done = call(script, tmp_path, *arguments)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        return done.stderr.splitlines()[-1]
+
+    assert "already exists" in refused("export.py", f"checkpoint={trained[0]}", f"out={bundle}")
+    altered = tmp_path / "altered"
+    shutil.copytree(bundle, altered)
+    content = bytearray((altered / WEIGHTS).read_bytes())
+    content[-1] ^= 1
+    (altered / WEIGHTS).write_bytes(content)
+    assert f"{WEIGHTS} was altered" in refused("recommend.py", f"bundle={altered}")
+    (altered / MANIFEST).unlink()
+    assert "no complete bundle" in refused("recommend.py", f"bundle={altered}")
+    assert "at most 12 ads" in refused("recommend.py", f"bundle={bundle}", "k=13")
+    assert "does not exist" in refused("recommend.py", f"bundle={bundle}", "requests=nowhere.jsonl")
+    (tmp_path / "no.parquet").write_text("no")
+    assert "cannot be read" in refused("recommend.py", f"bundle={bundle}", "requests=no.parquet")
+
+    torn = tmp_path / "torn" / "step-000012"
+    shutil.copytree(trained[0], torn)
+    (torn / "rank-00002.safetensors").unlink()
+    assert "rank-00002.safetensors is missing" in refused("export.py", f"checkpoint={torn}", "out=b")
+    other = tmp_path / "other" / "step-000012"
+    shutil.copytree(trained[0], other)
+    state = json.loads((other / "state.json").read_text())
+    write_checkpoint(tmp_path / "third" / "step-000001", dict(trained[1].named_parameters()), 1, state["config"],
+                     state["fingerprints"] | {"tokenizer": "0" * 16})
+    assert "codebooks 0000000000000000" in refused("export.py", f"checkpoint={tmp_path}/third", "out=b")
+    assert not (tmp_path / "b").exists() and not list(tmp_path.glob(".b*"))
+
+
+def test_the_bundle_is_described(bundle):
+    card = (bundle / "README.md").read_text()
+    for text in ("step 12", "CC0", "slot, hour", "max", "Fingerprints", "init_from"):
+        assert text in card
+    manifest = read_manifest(bundle)
+    assert manifest.source["world_size"] == 3 and manifest.fingerprints.keys() == {"tokenizer", "data", "catalogue"}
+    assert {"README.md", "model.safetensors", "trie.safetensors", "item_weight.npy", "calibration.json",
+            "tokenizer/tokenizer.json", "catalogue/catalogue.arrow"} <= manifest.files.keys()
+
+
+BLOCKED = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("deepspeed", "wandb", "polars", "duckdb", "sklearn", "data_pipeline", "launch") \\
+                or name.startswith(("gpr_dist.training", "gpr_dist.evaluation", "gpr_dist.objectives")):
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Block())
+from gpr_dist.serving.recommender import Recommender
+recommender = Recommender.load(sys.argv[1])
+answer = recommender.recommend(recommender.parse([b'{"time": 8000000}']), 3)[0]
+assert len(answer.item_ids) == 3, answer
+assert not {"deepspeed", "wandb", "polars", "sklearn"} & {name.split(".")[0] for name in sys.modules}
+"""
+
+
+def test_it_loads_without_training_code(bundle, tmp_path):
+    (tmp_path / "load.py").write_text(BLOCKED)
+    done = subprocess.run([sys.executable, tmp_path / "load.py", bundle], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_jobs_start_from_checkpoint_and_bundle(trained, bundle, tmp_path, world_size):
+    step, model = trained
+    fingerprints, config = json.loads((step / "state.json").read_text())["fingerprints"], model.config.model_dump(mode="json")
+    wanted = dict(model.named_parameters())
+    for name, source in (("run", step.parent), ("bundle", bundle)):
+        stages = [3, 0] if name == "bundle" else [3, 2]
+        run_ranks("bundle_workers:start_from", world_size, tmp_path / name, source=str(source), model=config, fingerprints=fingerprints,
+                  stages=stages, save=str(tmp_path / f"{name}-got"))
+        for stage in stages:
+            covered = dict.fromkeys(wanted, 0)
+            for rank in range(world_size):
+                for weight, lo, hi, tensors in torch.load(tmp_path / f"{name}-got-{stage}-{rank}.pt"):
+                    assert torch.equal(tensors["param"], wanted[weight].detach().reshape(-1)[lo:hi]), (name, stage, weight)
+                    assert not tensors["exp_avg"].any() and not tensors["exp_avg_sq"].any()
+                    covered[weight] += hi - lo
+            assert covered == {weight: parameter.numel() for weight, parameter in wanted.items()}
+
+
+def test_a_job_of_another_model_is_refused(trained, tmp_path):
+    step, model = trained
+    fingerprints, config = json.loads((step / "state.json").read_text())["fingerprints"], model.config.model_dump(mode="json")
+    wider, prints = {**config, "width": 32}, {**fingerprints, "tokenizer": "0" * 16}
+    cases = {"model": (step, wider, fingerprints, "model.width=16, this job has model.width=32"),
+             "tokenizer": (step, config, prints, f"tokenizer {fingerprints['tokenizer']}, this job uses tokenizer 0000000000000000"),
+             "nowhere": (tmp_path / "nowhere", config, fingerprints, "no complete checkpoint and no bundle")}
+    for name, (source, settings, marks, message) in cases.items():
+        results = run_ranks("bundle_workers:start_from", 1, tmp_path / name, source=str(source), model=settings, fingerprints=marks,
+                            stages=[3])
+        assert message in results[0][0], results
+
+
+def test_an_altered_bundle_starts_nothing(bundle, trained, tmp_path):
+    altered = tmp_path / "altered"
+    shutil.copytree(bundle, altered)
+    content = bytearray((altered / WEIGHTS).read_bytes())
+    content[-1] ^= 1
+    (altered / WEIGHTS).write_bytes(content)
+    config = GPRConfig.model_validate(read_manifest(bundle).model)
+    results = run_ranks("bundle_workers:start_from", 2, tmp_path / "job", source=str(altered), model=config.model_dump(mode="json"),
+                        fingerprints=read_manifest(bundle).fingerprints, stages=[3])
+    assert "was altered" in results[0][0] and "rank 0 found it damaged" in results[1][0]
+    with pytest.raises(CheckpointError, match="was altered"):
+        Recommender.load(altered)
