@@ -34,7 +34,7 @@ def opened(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "together", together)
 
     def call(rank):
-        engine = SimpleNamespace(rank=rank, world_size=2, device="cpu")
+        engine = SimpleNamespace(rank=rank, world_size=2, device="cpu", all_reduce=None)
         done.clear()
         return pretrain.open_validation(engine, config, semantic_ids, eligibility, None, None), tuple(done)
 
