@@ -74,11 +74,11 @@ class DecodeBenchConfig(Config):
     keep_memory: bool = True
     """whether glibc keeps large temporaries (bench_contender.ALLOCATOR) in every contender, or works as it does without settings"""
     seconds: float = Field(1.0, gt=0)
-    """of calls, per contender, case and round; at least one call"""
+    """of `clock`, of calls, per contender, case and round; at least one call"""
     rounds: int = Field(3, ge=1)
     """through all contenders, after a first one that warms up"""
     most_seconds: float = Field(20.0, gt=0)
-    """a case is left out where the cases before it say that one call would take longer"""
+    """of `clock`: a case is left out where the cases before it say that one call would take longer"""
     clock: Literal["wall", "cpu"] = "wall"
     """cpu = seconds of processor time: for crowded machines, with threads=1"""
     seed: int = 0
@@ -158,6 +158,7 @@ def measure(config: DecodeBenchConfig, contenders: dict[str, Contender]) -> dict
     runs: dict[str, dict[tuple[int, int, int], list[dict]]] = {name: {case: [] for case in cases(config)} for name in contenders}
     too_long: set[tuple[str, tuple[int, int, int]]] = set()
     turns = [(turn, case, name) for turn in range(config.rounds + 1) for case in cases(config) for name in contenders]
+    clock = ("wall", "cpu").index(config.clock)
     slowest: dict[str, dict[tuple[int, int, int], float]] = {name: {} for name in contenders}
     for turn, case, name in tqdm(turns, desc="calls", file=sys.stderr, mininterval=0.5):
         if (name, case) in too_long:
@@ -166,7 +167,7 @@ def measure(config: DecodeBenchConfig, contenders: dict[str, Contender]) -> dict
             too_long.add((name, case))
             continue
         answer = contenders[name].run(" ".join(map(str, case)))
-        slowest[name][case] = min(wall for wall, _ in answer["calls"])
+        slowest[name][case] = min(call[clock] for call in answer["calls"])
         if turn > 0:
             runs[name][case].append(answer)
     return runs

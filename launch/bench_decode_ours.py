@@ -9,6 +9,7 @@ from bench_step_peers import Steps, serve
 from torch import Tensor
 
 from gpr_dist.decoding.beam_search import beam_search
+from gpr_dist.decoding.legality import Legal
 from gpr_dist.decoding.model_decoder import ModelDecoder
 from gpr_dist.decoding.trie import Trie
 from gpr_dist.model.gpr import GPR, GPRConfig
@@ -32,7 +33,7 @@ def ours(settings: dict) -> Steps:
         if len(codes_NL) not in tries:
             tries[len(codes_NL)] = Trie.from_codes(codes_NL, config.codebook_size).to(device)
         trie = tries[len(codes_NL)]
-        legal, group_B = trie.legal_nodes([None]), torch.zeros(batch, dtype=torch.long, device=device)
+        legal, group_B = Legal(trie, trie.legal_nodes([None])), torch.zeros(batch, dtype=torch.long, device=device)
         batches = [peer_batch(config, rows=batch, seed=number, **shape).to(device) for number in range(settings["requests"] // batch)]
 
         @torch.inference_mode()

@@ -35,14 +35,15 @@ def catalogue(num_items: int, settings: dict) -> Tensor:
 
 
 def decode_steps(decoder: Decoder, settings: dict, device: torch.device) -> Steps:
-    """One step per (items, beams, requests of a call), "10000 50 16": calls for `seconds`, at least one, and what they found."""
+    """One step per (items, beams, requests of a call), "10000 50 16": calls for `seconds` of `clock`, at least one, and what they found."""
+    clock = ("wall", "cpu").index(settings["clock"])
     catalogues = {num_items: catalogue(num_items, settings) for num_items in settings["items"]}
 
     def run(num_items: int, beams: int, batch: int) -> dict:
         codes_NL = catalogues[num_items]
         call = decoder(codes_NL, beams, batch)
         calls, found = [], []
-        while not calls or sum(wall for wall, _ in calls) < settings["seconds"]:
+        while not calls or sum(call[clock] for call in calls) < settings["seconds"]:
             wait(device)
             wall, cpu = time.perf_counter(), time.process_time()
             result = call(len(calls))

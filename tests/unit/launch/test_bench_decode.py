@@ -12,7 +12,7 @@ from documents import ROOT
 from gpr_dist.config import load_config
 from gpr_dist.errors import ConfigError, GPRError
 
-SETTINGS = {"seed": 3, "num_levels": 3, "codebook_size": 4, "items": [20], "beams": [5], "batches": [2], "seconds": 1e-9}
+SETTINGS = {"seed": 3, "num_levels": 3, "codebook_size": 4, "items": [20], "beams": [5], "batches": [2], "clock": "wall"}
 
 
 @pytest.fixture(scope="module")
