@@ -65,3 +65,23 @@ def test_the_comparisons_of_the_repository_are_valid(path):
     config = load_config(compare.CompareConfig, path)
     for name in config.variants:
         load_config(compare.PretrainConfig, config.base, compare.overrides(config, name, 0))
+
+
+def test_a_data_set_is_built_once_and_every_ranker_of_every_checkpoint_has_a_row(config, tmp_path):
+    config = config.model_copy(update={"build_data": "b.yaml", "source": ("source.folder=x",), "checkpoints": ("last", "best"),
+                                       "rankers": ("generative", "item head"), "variants": {"plain": config.variants["plain"]},
+                                       "evaluate": ("compare.exclude_seen=true",)})
+    build, fit = compare.preparation(config)
+    assert build[1:] == ["launch/build_data.py", "--config", "b.yaml", "source.folder=x", f"out={tmp_path / 'data'}"]
+    assert fit[1] == "launch/fit_tokenizer.py" and fit[-1] == f"out={tmp_path / 'data' / 'tokenizer'}"
+    _, last, best = compare.commands(config, "plain", 3)
+    assert "best=false" in last and "best=true" in best and "compare.exclude_seen=true" in best and last[-1] != best[-1]
+    finish(config, "plain", 3, 0.1, 20.0)
+    compare.report_file(config, "plain", 3, "best").write_text(json.dumps({"results": {"generative": {"hitr@10": 0.2}}}))
+    for file in ("shards/test/manifest.json", "tokenizer/tokenizer.json"):
+        (tmp_path / "data" / file).parent.mkdir(parents=True)
+        (tmp_path / "data" / file).touch()
+    assert compare.preparation(config) == []
+    assert compare.measured(config, "plain, best: generative", "plain", 3, "best") == {"hitr@10": 0.2, "training_s": 20.0}
+    with pytest.raises(GPRError, match="no ranker 'item head'; it has generative"):
+        compare.measured(config, "plain, best: item head", "plain", 3, "best")
