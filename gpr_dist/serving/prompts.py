@@ -38,6 +38,8 @@ class Prompts:
     time: np.ndarray  # int64 [R]
     key: np.ndarray  # int64 [R], 0..2^31-1, a number of the request wherever it is computed
     knowledge: np.ndarray | None  # float32 [R, m, E], 0 = unknown user
+    older_offsets: np.ndarray  # int64 [R+1]
+    older: dict[str, np.ndarray] | None  # item, time, action of the events before each prompt, oldest first; None = the model reads none
     skipped: dict[str, np.ndarray] = field(default_factory=dict)  # reason -> int64 [R], events of the history left out
 
     @property
@@ -56,6 +58,14 @@ class Prompts:
             first = np.concatenate([[0], np.cumsum(self.tokens["type"] == token_type)])
             lo, hi = first[self.offsets[rows]], first[self.offsets[rows + 1]]
             sides[name] = torch.from_numpy(features[ranges(lo, hi - lo)].astype(np.int64))
+        past = {}
+        if self.older is not None:
+            count = np.diff(self.older_offsets)[rows]
+            place = ranges(self.older_offsets[rows], count)
+            older = {name: torch.from_numpy(values[place].astype(np.int64)) for name, values in self.older.items()}
+            past = {"past_offsets_B1": torch.from_numpy(np.concatenate([[0], np.cumsum(count)])), "past_item_X": older["item"],
+                    "past_codes_XL": torch.from_numpy(codes_ML[older["item"].numpy()].astype(np.int64)), "past_time_X": older["time"],
+                    "past_action_X": older["action"]}
         whole = {name: torch.from_numpy(self.tokens[name][index].astype(np.int64)) for name in ("block", "action", "scene", "timestamp")}
         ids, numbers, codes_NL = torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0, codes_ML.shape[1], dtype=torch.int64)
         return Batch(
@@ -67,7 +77,7 @@ class Prompts:
             request_eligibility_R=torch.full((len(rows),), EVERY_AD), request_time_R=torch.from_numpy(self.time[rows]),
             target_request_N=ids, target_head_N=ids, target_item_N=ids, target_codes_NL=codes_NL,
             target_action_N=ids, target_value_N=numbers, target_pctr_N=numbers, target_pcvr_N=numbers,
-            knowledge_BmE=None if self.knowledge is None else torch.from_numpy(self.knowledge[rows]))
+            knowledge_BmE=None if self.knowledge is None else torch.from_numpy(self.knowledge[rows]), **past)
 
 
 def build_prompts(requests: pa.RecordBatch, settings: RequestSettings, index_of: IndexOf) -> Prompts:
@@ -157,6 +167,16 @@ def build_prompts(requests: pa.RecordBatch, settings: RequestSettings, index_of:
     skipped["beyond_max_tokens"] = _count(kind[:len(event)] % 2 == 1, start[first_block], begin)
 
     index, lengths = ranges(begin, end - begin), end - begin
+    older_offsets, older = np.zeros(num_requests + 1, np.int64), None
+    if settings.history_events:
+        opens = np.append(token_time, 0)[begin]
+        opens = np.where(lengths > 0, opens, time)
+        of_token = block_owner[token_block]
+        before = np.flatnonzero((event >= 0) & (np.arange(len(event)) < begin[of_token]) & (token_time < opens[of_token]))
+        from_end = np.searchsorted(of_token[before], of_token[before], side="right") - np.arange(len(before))
+        before = before[from_end <= settings.history_events]
+        older_offsets = np.searchsorted(of_token[before], np.arange(num_requests + 1))
+        older = {"item": events["index"][event[before]], "time": token_time[before], "action": events["action"][event[before]]}
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     first = token_block[np.minimum(begin, max(len(token_block) - 1, 0))] if len(token_block) else np.zeros(num_requests, np.int64)
     shown, has_event = event[index], event[index] >= 0
@@ -185,7 +205,7 @@ def build_prompts(requests: pa.RecordBatch, settings: RequestSettings, index_of:
     e_features[from_event] = events["env"][block_head[e_block[from_event]]]
     knowledge = _knowledge(requests, settings) if settings.num_knowledge_vectors else None
     number = (combine64(user, key) >> np.uint64(64 - _KEY_BITS)).astype(np.int64)
-    return Prompts(offsets, columns, u_features, e_features, time, number, knowledge, skipped)
+    return Prompts(offsets, columns, u_features, e_features, time, number, knowledge, older_offsets, older, skipped)
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ the answers are the checkpoint's.
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from gpr_dist.bundle import WEIGHTS, BundleManifest, check_name, read_manifest, verify
 from gpr_dist.config import build_config
 from gpr_dist.data.eligibility import Eligibility
+from gpr_dist.data.past import PastItems
 from gpr_dist.decoding.legality import Eligible, LegalCache
 from gpr_dist.decoding.model_decoder import ModelDecoder
 from gpr_dist.decoding.ranking import rank_items
@@ -29,7 +30,7 @@ from gpr_dist.decoding.trie import Trie
 from gpr_dist.errors import CheckpointError
 from gpr_dist.hashing import hash_strings
 from gpr_dist.model.gpr import GPR, GPRConfig
-from gpr_dist.schema import EVERY_AD, NO_ITEM
+from gpr_dist.schema import EVERY_AD, NO_ITEM, Batch
 from gpr_dist.serving.export import CALIBRATION, ITEM_WEIGHT
 from gpr_dist.serving.prompts import Prompts, build_prompts, ranges
 from gpr_dist.serving.requests import Parsed, flat, parse_lines, parse_table
@@ -198,10 +199,12 @@ class Recommender:
     def _decode(self, prompts: Prompts, rows: np.ndarray, wishes: "Wishes",
                 k_B: np.ndarray) -> list[tuple[list[int], list[float], list[float] | None]]:
         search_config = self.settings.search
+        self._lists = wishes.lists
         batch = prompts.batch(rows, self.semantic_ids.codes_NL)
+        if self.model.config.pointer.width:
+            batch = self._with_past(batch, wishes.group_R[rows])
         decode = ModelDecoder(self.model, self.device, heads=search_config.heads)
         opening = decode.start(batch)
-        self._lists = wishes.lists
         legal, group_B = self._legal(torch.from_numpy(wishes.group_R[rows]))
         eligible = Eligible.of(self.trie, legal, group_B, wishes.excluded(rows))
         result = search(decode.searcher(opening), eligible, search_config, self.item_weight_M, request_id_B=batch.row_ids_B)
@@ -217,6 +220,12 @@ class Recommender:
             answers.append((items[cut], scores[cut], None if values is None else values[cut]))
         return answers
 
+    def _with_past(self, batch: Batch, group_B: np.ndarray) -> Batch:
+        """What each request may repeat. Groups are numbered within the micro-batch, as keys of lists are too large to be multiplied."""
+        groups, place_B = np.unique(group_B, return_inverse=True)
+        past = PastItems(self.semantic_ids.codes_NL, self.semantic_ids.codebook_size, _Groups([self._items(g) for g in groups.tolist()]))
+        return past.add_to(replace(batch, request_eligibility_R=torch.from_numpy(place_B)))
+
     def _items(self, group: int) -> np.ndarray:
         """Sorted catalogue indices of an eligibility group, or of a request's own list."""
         return self._lists[group] if group < EVERY_AD else self.eligibility.items(group)
@@ -228,6 +237,16 @@ class Recommender:
         state_NLD = self.model.ptd(opening, task="generate", request_N=request_N, head_N=head_N, prefix_NlD=codes_NLD[:, :-1])
         predicted = self.model.hte(state_NLD, codes_NLD)[:, -1].double().cpu().numpy()
         return np.interp(predicted, *self.calibration[-1]).tolist()
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """The groups of a micro-batch, as `PastItems` asks for them."""
+
+    lists: list[np.ndarray]
+
+    def items(self, group: int) -> np.ndarray:
+        return self.lists[group]
 
 
 def _open_tokenizer(folder: Path, manifest: BundleManifest) -> SemanticIds:

@@ -31,6 +31,8 @@ class RequestSettings(Config):
     """most tokens of history before the request's own"""
     max_organic_per_block: int = Field(ge=0)
     """organic events kept before one request, the most recent ones"""
+    history_events: int = Field(0, ge=0)
+    """events older than the prompt that the model's pointer may repeat, the latest ones; 0 = it reads the prompt only"""
     num_knowledge_vectors: int = Field(0, ge=0)
     """vectors m of external knowledge a request may carry; 0 = the model reads none"""
     knowledge_width: int = Field(0, ge=0)

@@ -14,21 +14,24 @@ from gpr_dist.training.init_from import init_from
 TIMEOUT_S = 60
 
 
-def start_from(source: str, model: dict[str, Any], fingerprints: dict[str, str], stages: list[int], save: str = "") -> list[Any]:
-    """Starts a model from `source` at each ZeRO stage; this rank's ranges go to `save`, or the error comes back."""
+def start_from(cases: list[dict[str, Any]]) -> list[str]:
+    """For each case a model of `model` starts from `source` at `stage`; this rank's ranges go to the file `save`-<rank>.pt.
+
+    Returns: of each case the source that was chosen, or the error.
+    """
     init_distributed(TIMEOUT_S)
     results = []
-    config = build_config(GPRConfig, model, "the test")
-    for stage in stages:
+    for case in cases:
         torch.manual_seed(1)
-        engine = Engine(GPR(config), EngineConfig(zero_stage=stage, timeout_seconds=TIMEOUT_S, persistence_elements=100))
+        config = build_config(GPRConfig, case["model"], "the test")
+        engine = Engine(GPR(config), EngineConfig(zero_stage=case["stage"], timeout_seconds=TIMEOUT_S, persistence_elements=100))
         try:
-            origin = init_from(engine, Path(source), config, fingerprints)
+            origin = init_from(engine, Path(case["source"]), config, case["fingerprints"])
         except CheckpointError as error:
             results.append(str(error))
             continue
         shards = [(s.name, s.lo, s.hi, {key: t.clone() for key, t in s.tensors.items()}) for s in engine.state_shards()]
-        torch.save(shards, f"{save}-{stage}-{engine.rank}.pt")
+        torch.save(shards, f"{case['save']}-{engine.rank}.pt")
         results.append(origin["source"])
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -1,5 +1,6 @@
 """The hand-off: a checkpoint of three ranks → bundle → the same ads for requests made from the raw logs; and further jobs start from it."""
 
+import importlib
 import json
 import os
 import shutil
@@ -15,52 +16,62 @@ import torch
 from checkpoint_files import write_checkpoint
 from ranks import ROOT, run_ranks
 
+from data_pipeline.history import build_history
 from gpr_dist.bundle import MANIFEST, WEIGHTS, read_manifest
 from gpr_dist.data.collate import JourneyColumns, collate
 from gpr_dist.data.eligibility import Eligibility
+from gpr_dist.data.past import PastItems
 from gpr_dist.data.reader import ShardReader
 from gpr_dist.decoding.legality import Eligible, LegalCache
 from gpr_dist.decoding.model_decoder import ModelDecoder
 from gpr_dist.decoding.ranking import rank_items
 from gpr_dist.decoding.search import SearchConfig, search
 from gpr_dist.decoding.trie import Trie
-from gpr_dist.errors import CheckpointError
+from gpr_dist.errors import GPRError
 from gpr_dist.job import DataConfig, PretrainConfig, resolve
-from gpr_dist.model.gpr import GPR, GPRConfig
+from gpr_dist.model.gpr import GPR
 from gpr_dist.schema import EVERY_AD, TokenType
 from gpr_dist.serving.prompts import build_prompts
 from gpr_dist.serving.recommender import NO_ELIGIBLE_AD, Recommender
 from gpr_dist.tokenizer.semantic_ids import SemanticIds
 
 MODEL = {"width": 16, "num_mtp_heads": 2, "hsd": {"num_heads": 2}, "ptd": {"num_heads": 2},
-         "embedding": {"feature_buckets": 64, "scene_buckets": 8}}
+         "embedding": {"feature_buckets": 64, "scene_buckets": 8}, "pointer": {"width": 8}}
 WIDTH, K, CONTEXT = 12, 5, 16
 
 
-def call(script, cwd, *arguments, **options):
-    return subprocess.run([sys.executable, ROOT / "launch" / script, *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
-                          timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, **options)
+def call(script, *arguments):
+    """The script's main with these arguments, in this process. Returns: its exit code."""
+    sys.path.insert(0, str(ROOT / "launch"))
+    found, sys.argv = sys.argv, [script, *map(str, arguments)]
+    try:
+        return importlib.import_module(script).main()
+    finally:
+        sys.argv = found
+        sys.path.remove(str(ROOT / "launch"))
 
 
 @pytest.fixture(scope="module")
 def trained(tiny, tmp_path_factory):
-    """(step folder of a checkpoint of 3 ranks, its model)."""
+    """(step folder of a checkpoint of 3 ranks, its model, folder of the users' history)."""
     folder = tmp_path_factory.mktemp("run") / "tiny"
-    job, _, fingerprints = resolve(PretrainConfig(data=DataConfig(folder=tiny / "data", build=tiny / "build.yaml"), model=MODEL))
+    history = folder.parent / "history"
+    build_history(tiny / "data", history)
+    data = DataConfig(folder=tiny / "data", build=tiny / "build.yaml", history=history, history_events=20)
+    job, _, fingerprints = resolve(PretrainConfig(data=data, model=MODEL))
     torch.manual_seed(3)
     model = GPR(job.model).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     step = write_checkpoint(folder / "step-000012", dict(model.named_parameters()), 3, job.model_dump(mode="json"), fingerprints)
-    return step, model
+    return step, model, history
 
 
 @pytest.fixture(scope="module")
 def bundle(trained, tmp_path_factory):
     out = tmp_path_factory.mktemp("hand-off") / "bundle"
-    done = call("export.py", out.parent, f"checkpoint={trained[0].parent}", f"out={out}", f"search.width={WIDTH}", "license=CC0")
-    assert done.returncode == 0, done.stderr
+    assert call("export", f"checkpoint={trained[0].parent}", f"out={out}", f"search.width={WIDTH}", "license=CC0") == 0
     return out
 
 
@@ -100,7 +111,7 @@ def lines_of(requests):
     return [json.dumps(request).encode() for request in requests]
 
 
-def checkpoint_answers(tiny, model, weight_I):
+def checkpoint_answers(tiny, model, history, weight_I):
     """The best items and scores of every test row's first request, by the search of launch/evaluate.py on the shards' own batches."""
     semantic_ids = SemanticIds.load(tiny / "data" / "tokenizer")
     eligibility = Eligibility.load(tiny / "data")
@@ -108,11 +119,15 @@ def checkpoint_answers(tiny, model, weight_I):
     trie = Trie.from_codes(semantic_ids.codes_NL[ads], semantic_ids.codebook_size, ads)
     weight_M, cache = trie.slot_weights(torch.from_numpy(weight_I)), LegalCache(trie, eligibility.items)
     reader, answers = ShardReader(tiny / "data" / "shards" / "test"), []
+    past = PastItems(semantic_ids.codes_NL, semantic_ids.codebook_size, eligibility, history, 20)
+    older = past.open_history(reader.manifest)
     for number in range(reader.num_batches):
         columns = JourneyColumns.of(reader.read_batch(number))
         rows = np.arange(columns.num_rows)
-        batch = collate(columns.take(rows), rows, semantic_ids.codes_NL, 1, len(reader.manifest.user_features),
+        batch = collate(columns.take(rows), rows + reader.first_row[number], semantic_ids.codes_NL, 1, len(reader.manifest.user_features),
                         len(reader.manifest.env_features))
+        batch = past.add_to(batch, older)
+        assert len(batch.past_item_X) and len(batch.copy_request_M)
         decode = ModelDecoder(model, "cpu")
         legal, group = cache(batch.request_eligibility_R)
         eligible, config = Eligible.of(trie, legal, group), SearchConfig(width=WIDTH, softmax="prior")
@@ -142,7 +157,7 @@ def test_the_prompts_are_those_of_the_shards(tiny, recommender, asked):
 
 def test_answers_are_the_checkpoints(tiny, trained, bundle, recommender, asked):
     requests, _ = asked
-    expected = checkpoint_answers(tiny, trained[1], np.load(bundle / "item_weight.npy"))
+    expected = checkpoint_answers(tiny, *trained[1:], np.load(bundle / "item_weight.npy"))
     answers = recommender.recommend(recommender.parse(lines_of(requests)))
     assert len(answers) == len(expected)
     for answer, (items, scores) in zip(answers, expected, strict=True):
@@ -187,68 +202,78 @@ def test_cold_start(recommender, asked):
     assert answers[0].items == answers[1].items and answers[1].skipped == {"unknown_items": 3} and answers[0].skipped == {}
 
 
-def test_the_command_answers_every_line(bundle, asked, tmp_path):
+def test_the_command_answers_every_line(bundle, asked, tmp_path, capsys):
     requests, _ = asked
     good = [json.dumps(request) for request in requests[:3]]
     later = {**requests[0], "history": [{"item_id": "ad-1", "type": "organic", "time": requests[0]["time"]}]}
     text = "\n".join([good[0], "nonsense", "", good[1], json.dumps({"tiem": 3}), json.dumps(requests[2] | {"eligible": []}),
                       json.dumps(later)])
+
+    def ask(name, *arguments):
+        capsys.readouterr()
+        code = call("recommend", f"bundle={bundle}", f"requests={tmp_path / name}", *arguments)
+        return code, *capsys.readouterr()
+
     (tmp_path / "requests.jsonl").write_text(text)
-    done = call("recommend.py", tmp_path, f"bundle={bundle}", "requests=requests.jsonl", "--bench", "bench_requests=2")
-    assert done.returncode == 0, done.stderr
-    found = {answer["line"]: answer for answer in map(json.loads, done.stdout.splitlines())}
-    assert sorted(found) == [1, 2, 4, 5, 6, 7] and "one JSON object" in found[2]["error"] and "did you mean time" in found[5]["error"]
+    code, out, err = ask("requests.jsonl", "--bench", "bench_requests=2")
+    found = {answer["line"]: answer for answer in map(json.loads, out.splitlines())}
+    assert code == 0 and sorted(found) == [1, 2, 4, 5, 6, 7]
+    assert "one JSON object" in found[2]["error"] and "did you mean time" in found[5]["error"]
     assert len(found[1]["ads"]) == K and {"item_id", "score", "value"} == found[1]["ads"][0].keys()
-    assert found[6]["ads"] == [] and found[6]["reason"] == NO_ELIGIBLE_AD
-    assert found[7]["skipped"] == {"not_before_the_request": 1}
-    assert "6 requests: 4 answered (1 without ads), 2 malformed" in done.stderr and "one by one: 2 requests, p50" in done.stderr
+    assert found[6]["ads"] == [] and found[6]["reason"] == NO_ELIGIBLE_AD and found[7]["skipped"] == {"not_before_the_request": 1}
+    assert "6 requests: 4 answered (1 without ads), 2 malformed" in err and "one by one: 2 requests, p50" in err
 
-    piped = call("recommend.py", tmp_path, f"bundle={bundle}", input=text)
-    assert piped.returncode == 0 and piped.stdout == done.stdout
-    assert call("recommend.py", tmp_path, f"bundle={bundle}", input="nonsense\n{").returncode == 1
-    assert call("recommend.py", tmp_path, f"bundle={bundle}", input="").returncode == 0
+    piped = subprocess.run([sys.executable, ROOT / "launch" / "recommend.py", f"bundle={bundle}"], input=text, capture_output=True,
+                           text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert piped.returncode == 0, piped.stderr
+    assert [answer["line"] for answer in map(json.loads, piped.stdout.splitlines())] == sorted(found)
 
+    (tmp_path / "bad.jsonl").write_text("nonsense\n{")
+    (tmp_path / "empty.jsonl").write_text("")
+    assert ask("bad.jsonl")[0] == 1 and ask("empty.jsonl")[0] == 0
     table = pa.Table.from_pylist([json.loads(line) for line in good])
     pq.write_table(table, tmp_path / "requests.parquet")
     with pa.ipc.new_file(str(tmp_path / "requests.arrow"), table.schema) as writer:
         writer.write_table(table)
-    expected = call("recommend.py", tmp_path, f"bundle={bundle}", input="\n".join(good)).stdout
-    for name in ("requests.parquet", "requests.arrow"):
-        done = call("recommend.py", tmp_path, f"bundle={bundle}", f"requests={name}")
-        assert done.returncode == 0 and done.stdout == expected, done.stderr
+    (tmp_path / "good.jsonl").write_text("\n".join(good))
+    expected = ask("good.jsonl", "chunk_requests=2")[1]
+    assert ask("requests.parquet", "chunk_requests=2")[1] == ask("requests.arrow", "chunk_requests=2")[1] == expected != ""
 
 
-def test_bad_input_is_one_line(bundle, trained, tmp_path):
-    def refused(script, *arguments):
-        done = call(script, tmp_path, *arguments)
-        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-        return done.stderr.splitlines()[-1]
+def test_bad_input_is_refused(bundle, trained, tmp_path):
+    def refused(message, script, *arguments):
+        with pytest.raises(GPRError, match=message):
+            call(script, *arguments)
 
-    assert "already exists" in refused("export.py", f"checkpoint={trained[0]}", f"out={bundle}")
-    altered = tmp_path / "altered"
-    shutil.copytree(bundle, altered)
-    content = bytearray((altered / WEIGHTS).read_bytes())
-    content[-1] ^= 1
-    (altered / WEIGHTS).write_bytes(content)
-    assert f"{WEIGHTS} was altered" in refused("recommend.py", f"bundle={altered}")
-    (altered / MANIFEST).unlink()
-    assert "no complete bundle" in refused("recommend.py", f"bundle={altered}")
-    assert "at most 12 ads" in refused("recommend.py", f"bundle={bundle}", "k=13")
-    assert "does not exist" in refused("recommend.py", f"bundle={bundle}", "requests=nowhere.jsonl")
+    out = f"out={tmp_path / 'b'}"
+    refused("already exists", "export", f"checkpoint={trained[0]}", f"out={bundle}")
+    refused("at most 12 ads", "recommend", f"bundle={bundle}", "k=13")
+    refused("does not exist", "recommend", f"bundle={bundle}", "requests=nowhere.jsonl")
     (tmp_path / "no.parquet").write_text("no")
-    assert "cannot be read" in refused("recommend.py", f"bundle={bundle}", "requests=no.parquet")
+    refused("cannot be read", "recommend", f"bundle={bundle}", f"requests={tmp_path}/no.parquet")
+    altered = altered_copy(bundle, tmp_path)
+    refused(f"{WEIGHTS} was altered", "recommend", f"bundle={altered}")
+    (altered / MANIFEST).unlink()
+    refused("no complete bundle", "recommend", f"bundle={altered}")
 
     torn = tmp_path / "torn" / "step-000012"
     shutil.copytree(trained[0], torn)
     (torn / "rank-00002.safetensors").unlink()
-    assert "rank-00002.safetensors is missing" in refused("export.py", f"checkpoint={torn}", "out=b")
-    other = tmp_path / "other" / "step-000012"
-    shutil.copytree(trained[0], other)
-    state = json.loads((other / "state.json").read_text())
+    refused("rank-00002.safetensors is missing", "export", f"checkpoint={torn}", out)
+    state = json.loads((trained[0] / "state.json").read_text())
     write_checkpoint(tmp_path / "third" / "step-000001", dict(trained[1].named_parameters()), 1, state["config"],
                      state["fingerprints"] | {"tokenizer": "0" * 16})
-    assert "codebooks 0000000000000000" in refused("export.py", f"checkpoint={tmp_path}/third", "out=b")
+    refused("codebooks 0000000000000000", "export", f"checkpoint={tmp_path}/third", out)
     assert not (tmp_path / "b").exists() and not list(tmp_path.glob(".b*"))
+
+
+def altered_copy(bundle, folder):
+    altered = folder / "altered"
+    shutil.copytree(bundle, altered)
+    content = bytearray((altered / WEIGHTS).read_bytes())
+    content[-1] ^= 1
+    (altered / WEIGHTS).write_bytes(content)
+    return altered
 
 
 def test_the_bundle_is_described(bundle):
@@ -284,47 +309,28 @@ def test_it_loads_without_training_code(bundle, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_jobs_start_from_checkpoint_and_bundle(trained, bundle, tmp_path, world_size):
-    step, model = trained
-    fingerprints, config = json.loads((step / "state.json").read_text())["fingerprints"], model.config.model_dump(mode="json")
-    wanted = dict(model.named_parameters())
-    for name, source in (("run", step.parent), ("bundle", bundle)):
-        stages = [3, 0] if name == "bundle" else [3, 2]
-        run_ranks("bundle_workers:start_from", world_size, tmp_path / name, source=str(source), model=config, fingerprints=fingerprints,
-                  stages=stages, save=str(tmp_path / f"{name}-got"))
-        for stage in stages:
-            covered = dict.fromkeys(wanted, 0)
-            for rank in range(world_size):
-                for weight, lo, hi, tensors in torch.load(tmp_path / f"{name}-got-{stage}-{rank}.pt"):
-                    assert torch.equal(tensors["param"], wanted[weight].detach().reshape(-1)[lo:hi]), (name, stage, weight)
-                    assert not tensors["exp_avg"].any() and not tensors["exp_avg_sq"].any()
-                    covered[weight] += hi - lo
-            assert covered == {weight: parameter.numel() for weight, parameter in wanted.items()}
-
-
-def test_a_job_of_another_model_is_refused(trained, tmp_path):
-    step, model = trained
-    fingerprints, config = json.loads((step / "state.json").read_text())["fingerprints"], model.config.model_dump(mode="json")
-    wider, prints = {**config, "width": 32}, {**fingerprints, "tokenizer": "0" * 16}
-    cases = {"model": (step, wider, fingerprints, "model.width=16, this job has model.width=32"),
-             "tokenizer": (step, config, prints, f"tokenizer {fingerprints['tokenizer']}, this job uses tokenizer 0000000000000000"),
-             "nowhere": (tmp_path / "nowhere", config, fingerprints, "no complete checkpoint and no bundle")}
-    for name, (source, settings, marks, message) in cases.items():
-        results = run_ranks("bundle_workers:start_from", 1, tmp_path / name, source=str(source), model=settings, fingerprints=marks,
-                            stages=[3])
-        assert message in results[0][0], results
-
-
-def test_an_altered_bundle_starts_nothing(bundle, trained, tmp_path):
-    altered = tmp_path / "altered"
-    shutil.copytree(bundle, altered)
-    content = bytearray((altered / WEIGHTS).read_bytes())
-    content[-1] ^= 1
-    (altered / WEIGHTS).write_bytes(content)
-    config = GPRConfig.model_validate(read_manifest(bundle).model)
-    results = run_ranks("bundle_workers:start_from", 2, tmp_path / "job", source=str(altered), model=config.model_dump(mode="json"),
-                        fingerprints=read_manifest(bundle).fingerprints, stages=[3])
-    assert "was altered" in results[0][0] and "rank 0 found it damaged" in results[1][0]
-    with pytest.raises(CheckpointError, match="was altered"):
-        Recommender.load(altered)
+def test_jobs_start_from_checkpoint_and_bundle(trained, bundle, tmp_path):
+    """On 2 ranks, from a checkpoint of 3: weights bit by bit, no moments; another model, tokenizer or damage is refused on every rank."""
+    step, model, _ = trained
+    prints, config = json.loads((step / "state.json").read_text())["fingerprints"], model.config.model_dump(mode="json")
+    base = {"source": str(step.parent), "model": config, "fingerprints": prints, "stage": 3, "save": str(tmp_path / "run")}
+    good = {"run": base, "step": base | {"source": str(step), "stage": 0, "save": str(tmp_path / "step")},
+            "bundle": base | {"source": str(bundle), "save": str(tmp_path / "bundle")}}
+    bad = {"model.width=16, this job has model.width=32": base | {"model": {**config, "width": 32}},
+           "model.hsd.num_heads=2": base | {"model": {**config, "hsd": {**config["hsd"], "num_heads": 4}}},
+           f"tokenizer {prints['tokenizer']}, this job uses tokenizer 0000": base | {"fingerprints": {**prints, "tokenizer": "0" * 16}},
+           "no complete checkpoint and no bundle": base | {"source": str(tmp_path / "nowhere")},
+           "altered|damaged": base | {"source": str(altered_copy(bundle, tmp_path))}}
+    ranks = run_ranks("bundle_workers:start_from", 2, tmp_path / "job", cases=[*good.values(), *bad.values()])
+    for results in ranks:
+        for message, result in zip(bad, results[len(good):], strict=True):
+            assert any(text in result for text in message.split("|")), (message, result)
+    wanted = {name: parameter.detach().reshape(-1) for name, parameter in model.named_parameters()}
+    for name in good:
+        covered = dict.fromkeys(wanted, 0)
+        for rank in range(2):
+            for weight, lo, hi, tensors in torch.load(tmp_path / f"{name}-{rank}.pt"):
+                assert torch.equal(tensors["param"], wanted[weight][lo:hi]), (name, weight)
+                assert not tensors["exp_avg"].any() and not tensors["exp_avg_sq"].any()
+                covered[weight] += hi - lo
+        assert covered == {weight: len(flat) for weight, flat in wanted.items()}
