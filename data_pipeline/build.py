@@ -112,7 +112,8 @@ def build_data(config: BuildConfig) -> Path:
     manifests = {split: write_manifest(out / "shards" / split, split, plan.user_features, plan.env_features, catalogue.fingerprint,
                                        catalogue.num_items) for split in reversed(SPLITS)}  # training starts when it sees the first split
     _report(bad_rows, counts, catalogue, manifests, time.monotonic() - started)
-    summary = {"key": key, "rows": bad_rows.total, "bad_rows": dict(bad_rows.reasons), "counts": dict(counts)}
+    summary = {"key": key, "rows": bad_rows.total, "bad_rows": dict(bad_rows.reasons), "counts": dict(counts),
+               "journeys": config.journeys.model_dump(mode="json"), "num_profile_features": len(source.profile_features)}
     write_atomic(out / "build.json", json.dumps(summary, indent=1).encode())
     shutil.rmtree(out / ".build")
     return out
