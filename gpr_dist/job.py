@@ -8,7 +8,9 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from gpr_dist.config import Config
+from gpr_dist.data.eligibility import Eligibility
 from gpr_dist.data.loader import LoaderConfig
+from gpr_dist.data.past import PastItems
 from gpr_dist.data.reader import ShardReader
 from gpr_dist.decoding.beam_search import Softmax
 from gpr_dist.errors import ConfigError
@@ -119,6 +121,13 @@ def resolve(config: PretrainConfig) -> tuple[PretrainConfig, SemanticIds, dict[s
         raise ConfigError(f"model.knowledge.num_vectors={model.knowledge.num_vectors}, but data.knowledge names no folder; make one with "
                           "launch/build_knowledge.py")
     return config.model_copy(update={"model": model}), semantic_ids, fingerprints
+
+
+def open_past(model: GPRConfig, data: DataConfig, semantic_ids: SemanticIds, eligibility: Eligibility) -> PastItems | None:
+    """Finds what a request may repeat; none for a model without a pointer."""
+    if not model.pointer.width:
+        return None
+    return PastItems(semantic_ids.codes_NL, semantic_ids.codebook_size, eligibility, data.history, data.history_events)
 
 
 def train_shards(config: DataConfig) -> str:

@@ -35,7 +35,7 @@ from gpr_dist.evaluation.segments import target_features
 from gpr_dist.evaluation.trained import check_knowledge, find_checkpoint, load_model
 from gpr_dist.evaluation.validate import Catalogue, ValidationConfig, has_targets, open_catalogue
 from gpr_dist.evaluation.values import Values, calibrate, format_values, measure_values, predict_values
-from gpr_dist.job import DataConfig, split_shards
+from gpr_dist.job import DataConfig, open_past, split_shards
 from gpr_dist.model.gpr import GPR
 from gpr_dist.schema import write_atomic
 from gpr_dist.tokenizer.semantic_ids import SemanticIds
@@ -109,12 +109,13 @@ def main() -> int:
 
     requests = open_requests(shards, config.split, semantic_ids.num_items, config.settings, compare.exclude_seen, config.settings.max_rows)
     catalogue = open_catalogue(semantic_ids, Eligibility.load(data.folder), requests.popularity_I, "cpu")
+    past = open_past(model.config, data, semantic_ids, catalogue.eligibility)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     catalogue.trie = catalogue.trie.to(device)
 
     def batches(split: str, max_rows: int | None = config.settings.max_rows) -> OnePass:
         return iter_once(shards[split], LoaderConfig(micro_batch_tokens=config.micro_batch_tokens), World(0, 1), semantic_ids.codes_NL,
-                         model.config.num_mtp_heads, max_rows, knowledge=knowledge)
+                         model.config.num_mtp_heads, max_rows, knowledge=knowledge, past=past)
 
     rankers = open_rankers(model.to(device), device, catalogue, config.settings, trained)
     mixed = rank_all(requests, config.split, rankers, parts, shards, batches, catalogue, config.settings, compare, folder.parent)

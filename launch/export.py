@@ -18,6 +18,7 @@ from data_pipeline.journeys import JourneyConfig
 from gpr_dist.bundle import new_bundle, seal
 from gpr_dist.config import Config, build_config, load_config, parse_cli
 from gpr_dist.data.counts import count_ads
+from gpr_dist.data.eligibility import Eligibility
 from gpr_dist.data.loader import LoaderConfig, iter_once
 from gpr_dist.data.reader import ShardReader
 from gpr_dist.data.sampler import World
@@ -27,7 +28,7 @@ from gpr_dist.errors import ConfigError, DataError, run_cli
 from gpr_dist.evaluation.baselines import BaselineConfig, popularity
 from gpr_dist.evaluation.validate import ValidationConfig, has_targets, open_journeys
 from gpr_dist.evaluation.values import calibrate, predict_values
-from gpr_dist.job import DataConfig, split_shards, tokenizer_folder
+from gpr_dist.job import DataConfig, open_past, split_shards, tokenizer_folder
 from gpr_dist.model.gpr import GPR, GPRConfig
 from gpr_dist.schema import ShardManifest, TokenType
 from gpr_dist.serving.card import write_card
@@ -187,7 +188,8 @@ def calibration(config: ExportConfig, data: DataConfig, folder: Path, model: GPR
         network.get_parameter(name).copy_(weight)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batches = iter_once(shards, LoaderConfig(micro_batch_tokens=16384), World(0, 1), semantic_ids.codes_NL, model.num_mtp_heads,
-                        config.calibration_rows, knowledge=data.knowledge)
+                        config.calibration_rows, knowledge=data.knowledge,
+                        past=open_past(model, data, semantic_ids, Eligibility.load(data.folder)))
     return [(curve.predicted_Q, curve.value_Q) for curve in calibrate(predict_values(network.eval().to(device), batches, device))]
 
 

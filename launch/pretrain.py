@@ -27,7 +27,7 @@ from gpr_dist.data.reader import ShardReader
 from gpr_dist.data.sampler import World
 from gpr_dist.errors import ConfigError, DataError, run_cli
 from gpr_dist.evaluation.validate import build_validation, has_targets, open_catalogue, save_popularity
-from gpr_dist.job import DataConfig, PretrainConfig, RunConfig, resolve, split_shards, tokenizer_folder, train_shards
+from gpr_dist.job import DataConfig, PretrainConfig, RunConfig, open_past, resolve, split_shards, tokenizer_folder, train_shards
 from gpr_dist.model.flops import count_parameters
 from gpr_dist.model.gpr import GPR
 from gpr_dist.schema import write_atomic
@@ -100,7 +100,7 @@ def main() -> int:
     eligibility = Eligibility.load(config.data.folder)
     legal = open_legal_codes(engine, config, semantic_ids, eligibility)
     candidates = open_item_candidates(engine, config, semantic_ids, eligibility)
-    past = open_past(config, semantic_ids, eligibility)
+    past = open_past(config.model, config.data, semantic_ids, eligibility)
     loader = build_loader(train_shards(config.data), config.data.loader, World(rank, world_size), semantic_ids.codes_NL,
                           config.model.num_mtp_heads, legal, config.data.knowledge, candidates, past)
     objective = mtp_objective(config.model.num_mtp_heads, config.value_loss_weight, config.head_weights,
@@ -166,13 +166,6 @@ def count_training_ads(engine: Engine, config: PretrainConfig, semantic_ids: Sem
     reader = ShardReader(train_shards(config.data), cache_dir=config.data.loader.cache_dir)
     mine = count_ads(reader, World(engine.rank, engine.world_size), semantic_ids.num_items)
     return engine.all_reduce(torch.from_numpy(mine)).cpu().numpy()
-
-
-def open_past(config: PretrainConfig, semantic_ids: SemanticIds, eligibility: Eligibility) -> PastItems | None:
-    """Finds what a request may repeat; none for a model without a pointer."""
-    if not config.model.pointer.width:
-        return None
-    return PastItems(semantic_ids.codes_NL, semantic_ids.codebook_size, eligibility, config.data.history, config.data.history_events)
 
 
 def open_validation(engine: Engine, config: PretrainConfig, semantic_ids: SemanticIds, eligibility: Eligibility, objective: Objective,

@@ -6,7 +6,6 @@ their batches hold, which ZeRO-3 needs. `evaluate_generation` is what the traini
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -15,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gpr_dist.data.eligibility import Eligibility
-from gpr_dist.decoding.beam_search import Softmax, beam_search
 from gpr_dist.decoding.legality import Eligible, LegalCache
 from gpr_dist.decoding.ranking import rank_items
+from gpr_dist.decoding.search import SearchConfig, SearchModel, Softmax, search
 from gpr_dist.decoding.trie import Trie
 from gpr_dist.evaluation.journey_log import Lists
 from gpr_dist.evaluation.metrics import add_sums, ranking_metrics, ranking_sums
@@ -32,10 +31,10 @@ class Decoder(Protocol):
     """What evaluation needs of a model."""
 
     def start(self, batch: Batch) -> Any:
-        """Encode the batch's journeys once; the result is handed back to `step_log_probs`."""
+        """Encode the batch's journeys once; the result is handed back to `searcher`."""
 
-    def step_log_probs(self, state: Any, request_index_N: Tensor, prefix_codes_Nl: Tensor) -> Tensor:
-        """Log-softmax over all codes of level l, [N, V], of requests (int64 into the batch's R, ascending); N may be 0."""
+    def searcher(self, state: Any, first_request: int) -> SearchModel:
+        """The model over the batch's requests from `first_request` on, with its pointer if it has one."""
 
 
 class GenerativeRanker:
@@ -52,7 +51,8 @@ class GenerativeRanker:
             all_reduce: adds up or maximises a tensor over the ranks; None in a single process.
         """
         self.trie, self.k = trie, k
-        self._decode, self._beam_width, self._normalise, self._chunk_requests = decode, beam_width, normalise, chunk_requests
+        self._decode, self._normalise, self._chunk_requests = decode, normalise, chunk_requests
+        self._config = SearchConfig(width=beam_width if isinstance(beam_width, int) else tuple(beam_width), softmax=normalise)
         self._legal_cache = LegalCache(trie, eligibility.items)
         self._item_weight_M = trie.slot_weights(item_weight)
         self._reduce = all_reduce or (lambda tensor, _: tensor)
@@ -71,9 +71,8 @@ class GenerativeRanker:
             first = min(chunk * self._chunk_requests, groups_R.numel())  # past the end: no request, the model is called all the same
             legal, request_group_B = self._legal_cache(groups_R[first : first + self._chunk_requests])
             exclude = None if seen is None else _pairs(seen.of(first, first + request_group_B.numel()), self.trie.device)
-            step = partial(_step, self._decode, state, first)
-            result = beam_search(step, self.trie, legal, request_group_B, self._beam_width, self._normalise, self._item_weight_M, exclude)
             eligible = Eligible.of(self.trie, legal, request_group_B, exclude)
+            result = search(self._decode.searcher(state, first), eligible, self._config, self._item_weight_M)
             ranked = rank_items(result, eligible, self._item_weight_M, self.k, self._normalise)
             items.append(ranked.item_BK.cpu())
             scores.append(ranked.score_BK.cpu())
@@ -114,10 +113,6 @@ def evaluate_generation(decode: Decoder, batches: Iterable[Batch], trie: Trie, e
     metrics["seconds"] = float(reduce(torch.tensor(time.perf_counter() - started, device=trie.device), "max"))
     metrics["requests_per_s"] = metrics["num_requests"] / metrics["seconds"]
     return metrics
-
-
-def _step(decode: Decoder, state: Any, first: int, request_N: Tensor, prefix_codes_Nl: Tensor) -> Tensor:
-    return decode.step_log_probs(state, request_N + first, prefix_codes_Nl)
 
 
 def _batch_sums(ranked_RK: Tensor, group_R: Tensor, target_request_N: Tensor, target_item_N: Tensor, trie: Trie,

@@ -100,6 +100,7 @@ class GPR(nn.Module):
     def _copy(self, intents: Intents, batch: Batch) -> Copying | None:
         if self.pointer is None:
             return None
+        assert batch.copy_request_M is not None, "a model with a pointer reads batches of a loader that was given PastItems"
         past_XD = None if batch.past_item_X is None else self.codes(batch.past_codes_XL).sum(1)
         return Copying(*self.pointer(intents.hidden_TD, past_XD, batch))
 

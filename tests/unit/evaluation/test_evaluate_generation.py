@@ -44,11 +44,27 @@ class TableDecoder:
         self.starts += 1
         return batch.request_token_R
 
+    def searcher(self, state, first_request):
+        return TableSearch(self, state, first_request)
+
     def step_log_probs(self, state, request_index_N, prefix_codes_Nl):
         self.calls += 1
         level = prefix_codes_Nl.shape[1]
         prefix = (prefix_codes_Nl * V ** torch.arange(level)).sum(1)
         return self.logits[state[request_index_N], level, prefix].log_softmax(-1).float()
+
+
+@dataclasses.dataclass
+class TableSearch:
+    table: TableDecoder
+    state: torch.Tensor
+    first_request: int
+
+    def log_probs(self, request_N, head_N, prefix_Nl):
+        return self.table.step_log_probs(self.state, request_N + self.first_request, prefix_Nl), None
+
+    def copies(self, num_requests, heads):
+        return None
 
 
 def slow_metrics(batches, k):
