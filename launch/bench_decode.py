@@ -222,4 +222,17 @@ def report(config: DecodeBenchConfig, results: list[dict[str, Any]], about: dict
         times = [result["times"][name] for result in results if name in result["times"]]
         if times:
             print(f"{PEERS[name]}: ours is {min(times):.1f} to {max(times):.1f} times as fast, {bar} times or more in "
-                  f"{sum(ratio >= bar for ratio in times)} of {len(times)} cases")
+                  f"{sum(ratio >= bar for ratio in times)} of {len(times)} cases; each at its best batch: "
+                  + ", ".join(f"{ratio:.1f} ({items:,} items, {beams} beams)"
+                              for (items, beams), ratio in best_times(results, name).items()))
+
+
+def best_times(results: list[dict[str, Any]], name: str) -> dict[tuple[int, int], float]:
+    """(items, beams) -> requests/s of ours over those of a peer, each with the batch that suits it best."""
+    rates: dict[tuple[int, int], dict[str, float]] = {}
+    for result in results:
+        best = rates.setdefault((result["items"], result["beams"]), {})
+        for who in (OURS, name):
+            if who in result["contenders"]:
+                best[who] = max(best.get(who, 0.0), result["contenders"][who]["requests_per_s"])
+    return {case: best[OURS] / best[name] for case, best in rates.items() if name in best}

@@ -94,6 +94,14 @@ def test_rates_are_of_all_calls(bench):
     assert found["times"] == {"t5": pytest.approx(6 / 8 / (2 / 8))} and "gpt2" not in found["contenders"]
 
 
+def test_the_best_batches_are_compared(bench):
+    def result(beams, batch, **rates):
+        return {"items": 60, "beams": beams, "batch": batch, "contenders": {name: {"requests_per_s": rate} for name, rate in rates.items()}}
+
+    results = [result(4, 1, ours=10.0, t5=4.0), result(4, 2, ours=30.0, t5=2.0), result(8, 1, ours=5.0)]
+    assert bench.best_times(results, "t5") == {(60, 4): 7.5}
+
+
 def test_ours_runs_and_absent_peers_are_named(bench, tmp_path, capsys):
     config = tiny(bench, transformers_python="no/python", out=tmp_path / "out.json")
     bench.run_bench(config)
