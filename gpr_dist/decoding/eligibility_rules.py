@@ -147,10 +147,13 @@ def pacing(trie: Trie, rate_I: Tensor, field: str = "request_id", num_buckets: i
 
     Args: rate_I: share per catalogue item, 0..1, kept to 1 / num_buckets (stochastically rounded by item).
     """
-    rate = rate_I.to(trie.device).double()[trie.slot_item.long()]
     item = trie.slot_item.long()
-    rows = [pack_slots((bucket + hashed_uniform(item, 1, seed=1)[:, 0].double() + item * 0.6180339887) % num_buckets < rate * num_buckets)
-            for bucket in range(num_buckets)]
+    on = rate_I.to(trie.device).float().index_select(0, item) * num_buckets  # buckets in which the ad takes part
+    phase = hashed_uniform(item, 1, seed=1)[:, 0] * num_buckets
+    rows = []
+    for bucket in range(num_buckets):
+        turn = phase + bucket
+        rows.append(pack_slots(torch.where(turn < num_buckets, turn, turn - num_buckets) < on))
     return Table(trie, torch.stack([*rows, rows[0]]), field, num_buckets)
 
 

@@ -21,7 +21,7 @@ from gpr_dist.decoding.trie import Trie
 
 # B requests  Gr audiences  L levels  n_l nodes at level l, n_L slots  Y bytes of packed slots  M entries of a flat list
 
-DENSE_NODES = 1 << 17  # up to here a level keeps a bool per node and audience
+DENSE_NODES = 1 << 13  # up to here a level keeps a bool per node and audience of `Legal.from_slots`
 
 
 class Legal(Sequence[Tensor]):
@@ -106,21 +106,27 @@ class Legal(Sequence[Tensor]):
 
     @cached_property
     def _bytes(self) -> Tensor:
-        """Packed slots and an empty byte, so that every slot has one after it."""
+        """Packed slots, filled up to whole words of eight bytes with at least one empty byte, so that every slot has one after it."""
         packed = pack_slots(self._bitmaps[-1]) if self._slots_GY is None else self._slots_GY
-        return torch.nn.functional.pad(packed, (0, 1))
+        return torch.nn.functional.pad(packed, (0, 8 - packed.shape[1] % 8))
 
     @cached_property
-    def _before(self) -> Tensor:
-        """Legal slots before each byte, int32."""
-        ones = _table("ones", self._bytes.device).index_select(0, self._bytes.view(-1).int()).view_as(self._bytes)
-        return ones.cumsum(1, dtype=torch.int32) - ones
+    def _before(self) -> tuple[Tensor, Tensor]:
+        """Legal slots before each word, int32, and before each byte within its word, uint8."""
+        pairs = self._bytes - ((self._bytes >> 1) & 0x55)
+        nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+        ones = ((nibbles + (nibbles >> 4)) & 0x0F).view(torch.int64)
+        up_to = ones * 0x0101010101010101  # byte i of the product: the ones of bytes 0..i
+        word = (up_to >> 56) & 0xFF
+        return (word.cumsum(1) - word).int(), (up_to - ones).view(torch.uint8)
 
     def _before_slot(self, group_M: Tensor, slot_M: Tensor) -> Tensor:
         """Legal static slots before each slot."""
+        words, bytes_ = self._before
         place_M = group_M * self._bytes.shape[1] + (slot_M >> 3)
         byte_M = self._bytes.view(-1).index_select(0, place_M) & _table("low bits", slot_M.device).index_select(0, slot_M & 7)
-        return self._before.view(-1).index_select(0, place_M) + _table("ones", slot_M.device).index_select(0, byte_M.int())
+        count_M = bytes_.view(-1).index_select(0, place_M) + _table("ones", slot_M.device).index_select(0, byte_M.int())
+        return words.view(-1).index_select(0, place_M >> 3) + count_M
 
     @cached_property
     def _overlay_counts(self) -> list[tuple[NodePairs, Tensor]]:
