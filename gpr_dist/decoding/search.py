@@ -117,6 +117,7 @@ class BeamResult:
     leaf_BK: Tensor  # int64, node of the trie's last level
     score_BK: Tensor  # float32, log-probability of the path in nats
     codes_BKL: Tensor  # int64
+    steps_BKL: Tensor | None = None  # float32, log-probability of each code after those before it, in sum the score; only with one head
     log_p_gen_BK: Tensor | None = None  # float32, of the generator alone; only with a pointer
     pointer: Pointer | None = None  # what was mixed with it
     value_BK: Tensor | None = None  # float32, V_L in log1p units; only with strategy value
@@ -132,6 +133,7 @@ class Beams:
     codes_Nl: Tensor  # int64
     log_p_gen_N: Tensor  # of the generator
     score_N: Tensor  # log-probability, the mixture with the pointer where there is one
+    steps_Nl: Tensor | None  # that of each code
     extra_N: Tensor | None = None  # value, or perturbed score
     key_N: Tensor | None = None  # int64, names the prefix in sampling
 
@@ -160,7 +162,8 @@ def search(model: SearchModel, eligible: Eligible, config: SearchConfig, item_we
 
     root_Q = torch.zeros(num_searches, device=trie.device)
     search_Q = torch.arange(num_searches, device=trie.device)
-    beams = Beams(search_Q, torch.zeros_like(search_Q), search_Q.new_empty(num_searches, 0), root_Q, root_Q.clone())
+    beams = Beams(search_Q, torch.zeros_like(search_Q), search_Q.new_empty(num_searches, 0), root_Q, root_Q.clone(),
+                  root_Q.new_empty(num_searches, 0))
     if config.strategy == "gumbel":
         beams.key_N, beams.extra_N = draws.root_key_B, draws.gumbel(draws.root_key_B)
     elif config.strategy == "value":
@@ -209,8 +212,11 @@ def search(model: SearchModel, eligible: Eligible, config: SearchConfig, item_we
         parent_C = owner_M.index_select(0, chosen_C)
         child_C = child_M.index_select(0, chosen_C)
         codes_Cl = torch.cat((beams.codes_Nl.index_select(0, parent_C), trie.codes_of(level, child_C)[:, None]), dim=1)
-        beams = Beams(beams.search_N.index_select(0, parent_C), child_C, codes_Cl,
-                      log_p_gen_M.index_select(0, chosen_C), score_M.index_select(0, chosen_C), extra_C, key_C)
+        score_C = score_M.index_select(0, chosen_C)
+        step_C = score_C - beams.score_N.index_select(0, parent_C)
+        steps_Cl = torch.cat((beams.steps_Nl.index_select(0, parent_C), step_C[:, None]), dim=1)
+        beams = Beams(beams.search_N.index_select(0, parent_C), child_C, codes_Cl, log_p_gen_M.index_select(0, chosen_C), score_C,
+                      steps_Cl, extra_C, key_C)
 
     if config.strategy == "sample":
         request_S, column_S, row_S = draws.paths()
@@ -279,17 +285,19 @@ def _unite(beams: Beams, config: SearchConfig, eligible: Eligible, pointer: Poin
         value = beams.extra_N[source]
         order_score = score + config.guide.eta * z_scores(value, request, eligible.num_requests)
     chosen = top_k(order_score, starts(request, eligible.num_requests), len(key))
-    return Beams(request[chosen], leaf[chosen], beams.codes_Nl[source[chosen]], log_p_gen[chosen], score[chosen],
+    return Beams(request[chosen], leaf[chosen], beams.codes_Nl[source[chosen]], log_p_gen[chosen], score[chosen], None,
                  None if value is None else value[chosen]), pointer
 
 
 def _as_result(beams: Beams, request_N: Tensor, column_N: Tensor, num_requests: int, k: int, pointer: Pointer | None,
                config: SearchConfig) -> BeamResult:
     def spread(values_N: Tensor | None, fill: float) -> Tensor | None:
-        return None if values_N is None else values_N.new_full((num_requests, k, *values_N.shape[1:]), fill).index_put_(
-            (request_N, column_N), values_N)
+        if values_N is None:
+            return None
+        return values_N.new_full((num_requests, k, *values_N.shape[1:]), fill).index_put_((request_N, column_N), values_N)
 
     return BeamResult(spread(beams.node_N, -1), spread(beams.score_N, -torch.inf), spread(beams.codes_Nl, -1),
+                      spread(beams.steps_Nl, -torch.inf),
                       spread(beams.log_p_gen_N, -torch.inf) if pointer is not None else None, pointer,
                       spread(beams.extra_N, torch.nan) if config.strategy == "value" else None,
                       spread(beams.extra_N, -torch.inf) if config.strategy == "gumbel" else None)

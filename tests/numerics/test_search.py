@@ -204,6 +204,28 @@ def test_heads_are_mixed_by_weight_and_each_leaf_comes_once(softmax, weights):
         assert list(found.values()) == sorted(found.values(), reverse=True)
 
 
+@pytest.mark.parametrize("settings", [{}, {"strategy": "value"}, {"strategy": "sample"}, {"strategy": "gumbel"}], ids=str)
+@pytest.mark.parametrize("with_pointer", [False, True])
+def test_steps_are_those_of_the_distribution_and_sum_to_the_score(settings, with_pointer):
+    market = SearchMarket(13)
+    copy = market.copy_mass() if with_pointer else None
+    result = run(market, copy, width=7, softmax="legal", **settings)
+    alive = result.leaf_BK >= 0
+    torch.testing.assert_close(result.steps_BKL[alive].sum(1), result.score_BK[alive])
+    assert result.steps_BKL[~alive].eq(-torch.inf).all()
+    for request in range(B):
+        for codes, steps in zip(result.codes_BKL[request].tolist(), result.steps_BKL[request].tolist(), strict=True):
+            if codes[0] < 0:
+                continue
+            paths, prefixes = market.paths(request, "legal"), [1.0]
+            (gate,), mass = market.copied(copy, request) if with_pointer else ((0.0,), {})
+            for level in range(L):
+                below = [leaf for leaf in paths if list(leaf[: level + 1]) == codes[: level + 1]]
+                copied = sum(mass.get(item, 0) for leaf in below for item in market.leaves(request)[leaf])
+                prefixes.append((1 - gate) * sum(math.exp(paths[leaf]) for leaf in below) + gate * copied)
+            assert steps == pytest.approx(np.diff(np.log(prefixes)).tolist(), abs=2e-5)
+
+
 def test_the_width_is_split_over_the_heads_by_weight():
     config = SearchConfig(width=(10, 3, 128), heads=(0, 1, 2), head_weights=(0.7, 0.2, 0.1))
     assert config.widths(3) == [[7, 2, 1], [1, 1, 1], [90, 25, 13]]
