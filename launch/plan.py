@@ -52,7 +52,8 @@ def main() -> None:
     if args.dry_run:
         return
     rows = config.data.loader.global_batch_size
-    work = step_work(config.model, rows, tokens_per_row, targets_per_row)
+    history_events = config.data.history_events if config.data.history else 0
+    work = step_work(config.model, rows, tokens_per_row, targets_per_row, history_events)
     print_memory(config, work)
     print(f"\nper optimizer step (journeys: {source}): {rows:,} journeys, {work.tokens:,} tokens, "
           f"{int(rows * targets_per_row):,} target ads")
@@ -74,18 +75,20 @@ def look_at_data(config: PlanConfig) -> tuple[PlanConfig, np.ndarray, float, str
     return config, np.asarray(reader.num_tokens), reader.manifest.num_targets / reader.manifest.num_rows, "shards"
 
 
-def step_work(model: GPRConfig, rows: int, tokens_per_row: np.ndarray, targets_per_row: float) -> Work:
+def step_work(model: GPRConfig, rows: int, tokens_per_row: np.ndarray, targets_per_row: float, history_events: int = 0) -> Work:
     """Expected work of one optimizer step over `rows` journeys.
 
     A decoder position reads half of its journey on average, longer journeys having more of them. Head 0 has a target for every ad, every
-    other head one per request.
+    other head one per request; the item head scores every candidate at every request. A pointer reads at most `history_events` more of each row, counted in full.
     """
     tokens = tokens_per_row.astype(float)
     mean, mean_square = tokens.mean(), (tokens**2).mean()
     requests = rows * targets_per_row / ADS_PER_REQUEST
     openings, targets = requests * model.num_mtp_heads, rows * targets_per_row + requests * (model.num_mtp_heads - 1)
     intents = min(mean_square / mean / 2, model.ptd.intent_window or np.inf)
-    return Work(int(rows * mean), int(rows * mean_square / 2), int(openings), int(openings * intents), int(targets), int(targets * intents))
+    older, scored = (rows * history_events, requests * (mean + history_events)) if model.pointer.width else (0, 0)
+    return Work(int(rows * mean), int(rows * mean_square / 2), int(openings), int(openings * intents), int(targets), int(targets * intents),
+                older, int(scored), int(requests) * model.items.num_candidates)
 
 
 def print_memory(config: PlanConfig, work: Work) -> None:

@@ -1,8 +1,9 @@
 """Floating-point operations and parameters of the model by arithmetic, for MFU and for launch/plan.py.
 
-Convention, stated beside every MFU we print: a multiply-add is 2 operations; matrix products of the three decoders and attention scores
-only (no input embedding, head adapters, norms, gates, softmax, attention among the L codes of a target); attention counts only the
-pairs the mask allows; training costs 3 times the forward pass; recomputation by activation checkpointing is not counted.
+Convention, stated beside every MFU we print: a multiply-add is 2 operations; matrix products of the three decoders, the item head, the
+pointer's keys and scores, and attention scores only (no input embedding, head adapters, norms, gates, softmax, attention among the L codes of a target);
+attention counts only the pairs the mask allows; training costs 3 times the forward pass; recomputation by activation checkpointing is not
+counted.
 """
 
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ class Work:
     opening_intents: int = 0  # intents they read, in all
     targets: int = 0  # of all heads
     target_intents: int = 0
+    past_events: int = 0  # older than their rows, which a pointer reads
+    copy_pairs: int = 0  # (request, event of its row or older) a pointer scores
+    item_scores: int = 0  # (request, candidate item) pairs that the item head scores
 
     def __add__(self, other: "Work") -> "Work":
         return Work(*(mine + others for mine, others in zip(vars(self).values(), vars(other).values(), strict=True)))
@@ -37,8 +41,16 @@ def work_of(batch: Batch, num_heads: int, intent_window: int = 0) -> Work:
     if intent_window:
         site_R = site_R.clamp_max(intent_window)
     openings = torch.unique(batch.target_request_N * num_heads + batch.target_head_N)
+    older = torch.zeros_like(lengths) if batch.past_offsets_B1 is None else batch.past_offsets_B1.diff()
+    copy_pairs = 0 if batch.copy_request_M is None else int((lengths + older)[batch.request_row_R].sum())
     return Work(batch.num_tokens, int((lengths * (lengths + 1) // 2).sum()), len(openings), int(site_R[openings // num_heads].sum()),
-                len(batch.target_head_N), int(site_R[batch.target_request_N].sum()))
+                len(batch.target_head_N), int(site_R[batch.target_request_N].sum()), int(older.sum()), copy_pairs, _item_scores(batch))
+
+
+def _item_scores(batch: Batch) -> int:
+    if batch.candidates is None:
+        return 0
+    return len(torch.unique(batch.target_request_N[batch.target_head_N == 0])) * len(batch.candidates.item_C)
 
 
 def forward_flops(config: GPRConfig, work: Work) -> dict[str, float]:
@@ -59,6 +71,10 @@ def forward_flops(config: GPRConfig, work: Work) -> dict[str, float]:
         "ptd.codes": 2.0 * work.targets * config.num_levels * d * config.codebook_size,
         "hte": 2.0 * work.targets * hte_target,
     }
+    if config.items.has_head:
+        flops["items"] = 2.0 * work.item_scores * d
+    if width := config.pointer.width:
+        flops["pointer"] = 2.0 * width * ((work.tokens + work.past_events) * d + work.copy_pairs)
     if ptd.refining:
         # time embedding, q k v of two tokens, scores, two projections, FFN
         denoiser = (2 * d + d * d) + 6 * d * d + 4 * d + 2 * d * d + 2 * d * max(d, int(ptd.ffn_multiple * d))

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gpr_dist.model.flops import TRAINING_FACTOR, Work, count_parameters, forward_flops, training_flops, work_of
 from gpr_dist.model.gpr import GPR, GPRConfig
-from gpr_dist.schema import TokenType
+from gpr_dist.schema import Candidates, TokenType
 
 D, V = 32, 256
 
@@ -57,6 +57,22 @@ def test_operations_equal_the_counter_where_the_convention_counts(ptd):
     assert counted(model, batch, "GPR") == pytest.approx(sum(flops.values()), rel=0.05)
 
 
+def test_operations_of_a_pointer_equal_the_counter():
+    settings = {"pointer": {"width": 8}}
+    model, batch = model_and_batch(**settings)
+    older = torch.arange(batch.num_rows + 1) * 5
+    num_older = 5 * batch.num_rows
+    item = torch.arange(num_older) % 7
+    batch = replace(batch, past_offsets_B1=older, past_item_X=item, past_codes_XL=item[:, None].expand(-1, 3), past_time_X=item,
+                    past_action_X=item % 5, copy_request_M=torch.tensor([0, 0, 2]), copy_source_M=torch.tensor([1, batch.num_tokens, 30]),
+                    target_copy_NL2=torch.zeros(len(batch.target_head_N), 3, 2, dtype=torch.int64))
+    work, requests = work_of(batch, P), len(batch.request_row_R)
+    assert work.past_events == num_older and work.copy_pairs == int((batch.offsets_B1.diff() + 5)[batch.request_row_R].sum())
+    of_requests = 2 * requests * (D * 8 + D * P + 2 * P)  # queries, gates and evidence, left out by convention
+    assert counted(model, batch, "GPR.pointer") == forward_flops(model.config, work)["pointer"] + of_requests
+    assert "pointer" not in forward_flops(model_and_batch()[0].config, work)
+
+
 def test_training_costs_about_three_forwards():
     model, batch = model_and_batch()
     with FlopCounterMode(display=False) as forward, torch.no_grad():
@@ -85,3 +101,13 @@ def test_parameters_are_counted_without_allocating_any(settings):
     assert counts == {part: sum(p.numel() for p in child.parameters()) for part, child in model.named_children()}
     large = GPRConfig(width=4096, codebook_size=8192, hsd={"num_layers": 40, "num_heads": 32}, ptd={"num_heads": 32})
     assert sum(count_parameters(large).values()) > 4e9
+
+
+def test_the_item_head_counts_every_candidate_of_every_request():
+    settings = {"buckets": 300, "num_items": 300}
+    model = tiny_model(width=D, codebook_size=V, items=settings)
+    batch = random_batch(2, num_rows=4, codebook_size=V)
+    candidates = Candidates(torch.arange(300), torch.zeros(300, 3, dtype=torch.long))
+    batch = replace(batch, item_T=batch.item_T.clamp_max(299), candidates=candidates, target_column_N=batch.target_item_N.clamp_max(299))
+    assert counted(model, batch, "GPR.items") == forward_flops(model.config, work_of(batch, P))["items"] > 0
+    assert count_parameters(model.config)["items"] == 300 * (2 * D + 1) + 2 * D
