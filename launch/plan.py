@@ -79,7 +79,8 @@ def step_work(model: GPRConfig, rows: int, tokens_per_row: np.ndarray, targets_p
     """Expected work of one optimizer step over `rows` journeys.
 
     A decoder position reads half of its journey on average, longer journeys having more of them. Head 0 has a target for every ad, every
-    other head one per request; the item head scores every candidate at every request. A pointer reads at most `history_events` more of each row, counted in full.
+    other head one per request; the item head scores every candidate at
+    every request. A pointer reads at most `history_events` more of each row, counted in full.
     """
     tokens = tokens_per_row.astype(float)
     mean, mean_square = tokens.mean(), (tokens**2).mean()

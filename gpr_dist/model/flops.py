@@ -1,9 +1,9 @@
 """Floating-point operations and parameters of the model by arithmetic, for MFU and for launch/plan.py.
 
 Convention, stated beside every MFU we print: a multiply-add is 2 operations; matrix products of the three decoders, the item head, the
-pointer's keys and scores, and attention scores only (no input embedding, head adapters, norms, gates, softmax, attention among the L codes of a target);
-attention counts only the pairs the mask allows; training costs 3 times the forward pass; recomputation by activation checkpointing is not
-counted.
+pointer's keys and scores, and attention scores only (no input embedding, head adapters, norms, gates, softmax, attention among the L codes
+of a target); attention counts only the pairs the mask allows; training costs 3 times the forward pass; recomputation by activation
+checkpointing is not counted.
 """
 
 from dataclasses import dataclass

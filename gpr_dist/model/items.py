@@ -52,6 +52,13 @@ class ItemsConfig(CandidatesConfig):
         return self
 
     @property
+    def num_candidates(self) -> int:
+        """Columns of the item softmax where every ad is eligible, by the catalogue's size."""
+        if not self.has_head:
+            return 0
+        return self.num_items if self.num_items <= self.full_softmax_items else self.num_sampled
+
+    @property
     def has_input(self) -> bool:
         return bool(self.buckets) and self.input
 

@@ -34,4 +34,6 @@ def activation_bytes(config: GPRConfig, work: Work, share: float, precision: str
     ptd_layer = _PTD_WIDTHS * d + _PTD_INNER * int(config.ptd.ffn_multiple * d)
     positions = work.openings * (config.ptd.num_thinking + 1) + work.targets * (config.num_levels - 1)
     logits = min(share * work.targets * config.num_levels * config.codebook_size * (size + 8), 3 * LOSS_CHUNK_BYTES)
-    return share * size * (hsd + positions * ptd_layer * config.ptd.num_layers + work.tokens * 2 * d) + logits
+    # float32 gradients of the candidates, and the scores and probabilities of a chunk
+    items = 2 * 4 * config.items.num_candidates * d + min(2 * LOSS_CHUNK_BYTES, 8 * int(share * work.item_scores))
+    return items + share * size * (hsd + positions * ptd_layer * config.ptd.num_layers + work.tokens * 2 * d) + logits
