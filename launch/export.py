@@ -78,6 +78,8 @@ class ExportConfig(Config):
     """how ads are ordered: probability, or with search.strategy=value by value or leaf_value"""
     calibration_rows: int | None = Field(4096, ge=0)
     """journeys of the validation split that the value head is calibrated on; none = all; 0 = no calibration, and no values in answers"""
+    placements: Path | None = None
+    """JSON file {"name": row of eligibility.arrow}: names that requests may use instead of numbers"""
     license: str = "not stated; ask the team that trained this model"
     """line of the model card"""
     note: str = ""
@@ -141,10 +143,12 @@ def describe(config: ExportConfig, data: DataConfig, manifest: ShardManifest, mo
         time_features=find_time_features(manifest.env_features, first) if env_tokens else (),
         user_tokens=user_tokens, env_tokens=env_tokens, max_tokens=journeys.max_tokens, context_tokens=journeys.max_tokens,
         max_organic_per_block=journeys.max_organic_per_block, num_knowledge_vectors=model.knowledge.num_vectors,
+        history_events=trained.history_events if model.pointer.width and trained.history else 0,
         knowledge_width=model.knowledge.width)
     search = {**config.search.model_dump(), "softmax": trained.softmax}
     return BundleSettings(requests=requests, search=build_config(SearchConfig, search, "search"), order=config.order,
-                          num_items=manifest.num_items, catalogue_fingerprint=manifest.catalogue_fingerprint)
+                          placements=read_placements(config, data), num_items=manifest.num_items,
+                          catalogue_fingerprint=manifest.catalogue_fingerprint)
 
 
 def journey_settings(config: ExportConfig, data: DataConfig) -> tuple[JourneyConfig, int | None]:
@@ -158,6 +162,21 @@ def journey_settings(config: ExportConfig, data: DataConfig) -> tuple[JourneyCon
         raise ConfigError(f"{path} does not tell how journeys were cut; give the config of launch/build_data.py as build=…")
     file = file if file.exists() else ROOT / file
     return load_config(BuildConfig, file).journeys, None
+
+
+def read_placements(config: ExportConfig, data: DataConfig) -> dict[str, int]:
+    """Raises: ConfigError when the file does not name groups that exist."""
+    if config.placements is None:
+        return {}
+    groups = Eligibility.load(data.folder).num_groups
+    try:
+        placements = json.loads(config.placements.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"placements {config.placements} cannot be read ({error})") from None
+    wrong = [n for n, g in placements.items() if not isinstance(g, int) or not 0 <= g < groups] if isinstance(placements, dict) else ["all"]
+    if wrong:
+        raise ConfigError(f"placements {config.placements}: {wrong[0]} is no row 0 to {groups - 1} of {data.folder}/eligibility.arrow")
+    return placements
 
 
 def item_weights(config: ExportConfig, data: DataConfig, num_items: int) -> np.ndarray:

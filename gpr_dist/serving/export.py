@@ -28,7 +28,7 @@ from gpr_dist.tokenizer.semantic_ids import BUNDLE_FILE, SemanticIds
 
 # Ne E tokens  Fe their categorical fields
 
-PIECE_ELEMENTS = 1 << 24
+PIECE_ELEMENTS = 1 << 22
 ITEM_COLUMNS = ("item_id", "kind")
 CALIBRATION, ITEM_WEIGHT = "calibration.json", "item_weight.npy"
 _LENGTH = struct.Struct("<Q")  # a safetensors file: length of the header, header, tensors end to end

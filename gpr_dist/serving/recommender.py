@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import xxhash
 from safetensors import safe_open
@@ -134,11 +135,11 @@ class Recommender:
 
     def parse(self, lines: Sequence[bytes]) -> Parsed:
         """Requests of JSON lines (requests.py), for `recommend`."""
-        return parse_lines(lines, self.settings.requests, self.num_groups, self.max_k)
+        return parse_lines(lines, self.settings, self.num_groups)
 
     def parse_table(self, table: pa.Table) -> Parsed:
         """Requests of an Arrow table. Raises: DataError when its columns are not those of a request."""
-        return parse_table(table, self.settings.requests, self.num_groups, self.max_k)
+        return parse_table(table, self.settings, self.num_groups)
 
     def index_of(self, hashes: np.ndarray) -> np.ndarray:
         """Catalogue index int32 of each item id's hash; NO_ITEM where unknown."""
@@ -177,6 +178,8 @@ class Recommender:
         out_items = self.index_of(hash_strings(out_ids))
         unknown_R = np.bincount(owner[items == NO_ITEM], minlength=num) + np.bincount(out_owner[out_items == NO_ITEM], minlength=num)
         group_R = requests["group"].fill_null(EVERY_AD).to_numpy(zero_copy_only=False).astype(np.int64)
+        place_R = pc.index_in(requests["placement"], pa.array(list(self.settings.placements), pa.string())).fill_null(-1)
+        group_R = np.where(place_R.to_numpy() >= 0, np.array([*self.settings.placements.values(), 0])[place_R.to_numpy()], group_R)
         bounds, lists = np.searchsorted(owner, np.arange(num + 1)), {}
         for row in np.flatnonzero(requests["eligible"].is_valid().to_numpy(zero_copy_only=False)).tolist():
             own = np.unique(items[bounds[row]:bounds[row + 1]])

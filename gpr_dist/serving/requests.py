@@ -13,8 +13,8 @@ Only `time` is required (seconds since 1970, UTC; as in the training logs). An A
   impression, click or conversion. `scene`, `value`, `pctr`, `pcvr`: as logged. `request` groups the ads of one earlier request (none =
   those of the same second); its `env` belongs to that request, as do `user_features` that the log has with every event. Events that
   are not strictly before `time`, and ads whose `request` is this request's `id`, are left out, as in training; so are unknown items.
-- Which ads may be shown: `eligible` lists them, or `group` is a row of the bundle's eligibility.arrow; neither = every ad of the
-  catalogue. `exclude` takes ads away from either.
+- Which ads may be shown: `eligible` lists them, or `group` is a row of the bundle's eligibility.arrow, or `placement` the name the
+  export gave to such a row; none of them = every ad of the catalogue. `exclude` takes ads away from any.
 - `k`: ads wanted. `knowledge`: m lists of E floats, for a model that reads external knowledge; left out = unknown user.
 """
 
@@ -31,7 +31,7 @@ import pyarrow.json as pj
 
 from gpr_dist.errors import DataError
 from gpr_dist.schema import Action
-from gpr_dist.serving.settings import RequestSettings
+from gpr_dist.serving.settings import BundleSettings, RequestSettings
 
 # N events of all requests  R requests
 
@@ -56,15 +56,15 @@ def request_schema(settings: RequestSettings) -> pa.Schema:
              *_features(settings)]
     fields = [("id", pa.string()), ("user", pa.string()), ("time", pa.int64()), *_features(settings),
               ("history", pa.list_(pa.struct(event))), ("eligible", pa.list_(pa.string())), ("group", pa.int32()),
-              ("exclude", pa.list_(pa.string())), ("k", pa.int32())]
+              ("placement", pa.string()), ("exclude", pa.list_(pa.string())), ("k", pa.int32())]
     if settings.num_knowledge_vectors:
         fields.append(("knowledge", pa.list_(pa.list_(pa.float32()))))
     return pa.schema(fields)
 
 
-def parse_lines(lines: Sequence[bytes], settings: RequestSettings, num_groups: int, max_k: int) -> Parsed:
+def parse_lines(lines: Sequence[bytes], bundle: BundleSettings, num_groups: int) -> Parsed:
     """Requests of JSON lines. Arrow parses all at once; only where it finds something wrong are they parsed one by one."""
-    schema = request_schema(settings)
+    schema = request_schema(bundle.requests)
     try:
         table, number, errors = _parse(lines, schema), np.arange(len(lines)), {}
     except (pa.ArrowInvalid, UnicodeDecodeError, ValueError):
@@ -76,15 +76,15 @@ def parse_lines(lines: Sequence[bytes], settings: RequestSettings, num_groups: i
             except (pa.ArrowInvalid, UnicodeDecodeError, ValueError) as error:
                 errors[place] = _explain(line, schema, error)
         table, number = pa.concat_tables([schema.empty_table(), *tables]), np.array(number, np.int64)
-    return _checked(table, number, errors, settings, num_groups, max_k)
+    return _checked(table, number, errors, bundle, num_groups)
 
 
-def parse_table(table: pa.Table, settings: RequestSettings, num_groups: int, max_k: int) -> Parsed:
+def parse_table(table: pa.Table, bundle: BundleSettings, num_groups: int) -> Parsed:
     """Requests of an Arrow table, whose columns may be fewer than those of `request_schema` and in another order.
 
     Raises: DataError for an unknown column or one of another type: then no row can be trusted.
     """
-    schema = request_schema(settings)
+    schema = request_schema(bundle.requests)
     columns = []
     for name in table.column_names:
         if name not in schema.names:
@@ -95,7 +95,7 @@ def parse_table(table: pa.Table, settings: RequestSettings, num_groups: int, max
             columns.append(_conform(found, field.type, field.name))
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
             raise DataError(f"requests: column {field.name} is {found.type}, expected {field.type} ({error})") from None
-    return _checked(pa.table(columns, schema=schema), np.arange(table.num_rows), {}, settings, num_groups, max_k)
+    return _checked(pa.table(columns, schema=schema), np.arange(table.num_rows), {}, bundle, num_groups)
 
 
 def _features(settings: RequestSettings) -> list[tuple[str, pa.DataType]]:
@@ -166,21 +166,20 @@ def _conform(column: pa.ChunkedArray | pa.Array, kind: pa.DataType, where: str) 
     return column.cast(kind)
 
 
-def _checked(table: pa.Table, number: np.ndarray, errors: dict[int, str], settings: RequestSettings, num_groups: int,
-             max_k: int) -> Parsed:
+def _checked(table: pa.Table, number: np.ndarray, errors: dict[int, str], bundle: BundleSettings, num_groups: int) -> Parsed:
     """Leave out the requests whose values make no sense."""
     requests = table.combine_chunks().to_batches()[0] if table.num_rows else pa.RecordBatch.from_pylist([], table.schema)
     bad = np.zeros(len(number), bool)
-    for message, wrong in _problems(requests, settings, num_groups, max_k):
+    for message, wrong in _problems(requests, bundle, num_groups):
         for row in np.flatnonzero(wrong & ~bad).tolist():
             errors[int(number[row])] = message(row) if callable(message) else message
         bad |= wrong
     return Parsed(requests.filter(pa.array(~bad)) if bad.any() else requests, number[~bad], errors)
 
 
-def _problems(requests: pa.RecordBatch, settings: RequestSettings, num_groups: int, max_k: int):
+def _problems(requests: pa.RecordBatch, bundle: BundleSettings, num_groups: int):
     """Yields (message, or a function of the row that makes it; bool [R])."""
-    num_requests = requests.num_rows
+    num_requests, settings, max_k = requests.num_rows, bundle.requests, bundle.max_k
     events, owner = flat(requests["history"])
 
     def of_request(wrong_N: pa.Array | np.ndarray) -> np.ndarray:
@@ -196,8 +195,12 @@ def _problems(requests: pa.RecordBatch, settings: RequestSettings, num_groups: i
     yield (lambda row: text("k")(row) + f"expected 1 to {max_k}, the beam width"), _mask(pc.or_kleene(pc.less(k, 1), pc.greater(k, max_k)))
     yield (lambda row: text("group")(row) + f"the bundle has groups 0 to {num_groups - 1}, or -1 for every ad"), \
         _mask(pc.or_kleene(pc.less(group, -1), pc.greater_equal(group, num_groups)))
-    both = pc.and_kleene(pc.is_valid(group), pc.is_valid(requests["eligible"]))
-    yield "eligible and group are both given; give one of them", _mask(both)
+    placement = requests["placement"]
+    named = pc.is_in(placement, pa.array(list(bundle.placements), pa.string()))
+    yield ((lambda row: f"unknown placement {placement[row].as_py()!r}; the bundle has {', '.join(bundle.placements) or 'none'}"),
+           _mask(pc.is_valid(placement)) & ~_mask(named))
+    given = sum(_mask(pc.is_valid(requests[name])).astype(int) for name in ("eligible", "group", "placement"))
+    yield "more than one of eligible, group and placement is given; give one of them", given > 1
     for name in ("eligible", "exclude"):
         ids, of = flat(requests[name])
         yield f"{name} has an ad that is null", np.bincount(of[_mask(pc.is_null(ids))], minlength=num_requests) > 0

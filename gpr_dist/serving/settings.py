@@ -54,6 +54,8 @@ class BundleSettings(Config):
     """how ads are found; its last width is the most ads an answer can have"""
     order: Order = "probability"
     """how the ads found are ordered"""
+    placements: dict[str, int] = Field({})
+    """names of eligibility groups"""
     num_items: int
     catalogue_fingerprint: str
 

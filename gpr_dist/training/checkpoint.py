@@ -187,7 +187,7 @@ def iter_weights(folder: Path) -> Any:
         yield name, whole.view(shape)
 
 
-def open_weights(folder: Path, mapped_bytes: int = 1 << 28) -> tuple[dict[str, list[int]], Callable[[str, int, int], torch.Tensor]]:
+def open_weights(folder: Path, mapped_bytes: int = 1 << 27) -> tuple[dict[str, list[int]], Callable[[str, int, int], torch.Tensor]]:
     """To stream the weights out of a checkpoint of any world size, e.g. into a bundle.
 
     Args: mapped_bytes: the ranks' files are closed whenever this much was read, so that their pages do not add up in memory.

@@ -69,9 +69,18 @@ def trained(tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bundle(trained, tmp_path_factory):
+def bundle(tiny, trained, tmp_path_factory):
+    """With two eligibility groups, of every second and every tenth ad, that the shards do not use."""
     out = tmp_path_factory.mktemp("hand-off") / "bundle"
-    assert call("export", f"checkpoint={trained[0].parent}", f"out={out}", f"search.width={WIDTH}", "license=CC0") == 0
+    data = out.parent / "data"
+    shutil.copytree(tiny / "data", data)
+    ads = Eligibility.load(data).items(EVERY_AD)
+    groups = pa.record_batch([pa.array([ads[::2], ads[::10]], pa.list_(pa.int32()))], names=["items"])
+    with pa.ipc.new_file(str(data / "eligibility.arrow"), groups.schema) as writer:
+        writer.write_batch(groups)
+    (out.parent / "placements.json").write_text('{"feed": 0, "banner": 1}')
+    assert call("export", f"checkpoint={trained[0].parent}", f"out={out}", f"search.width={WIDTH}", "license=CC0", f"data={data}",
+                f"placements={out.parent}/placements.json") == 0
     return out
 
 
@@ -193,6 +202,19 @@ def test_only_the_ads_asked_for(recommender, asked):
     assert answers[7].item_ids == best[:2]
 
 
+def test_a_placement_is_a_group_is_a_list(recommender, asked):
+    base = asked[0][0] | {"k": 12}
+    items = recommender.eligibility.items(1)
+    names = recommender.ids.take(pa.array(items)).to_pylist()
+    cases = [base | {"placement": "banner"}, base | {"group": 1}, base | {"eligible": names[::-1] + names[:3]}, base | {"group": 0},
+             base | {"group": 1, "exclude": names[1:]}]
+    one, two, three, other, single = recommender.recommend(recommender.parse(lines_of(cases)))
+    assert one.items == two.items == three.items and set(one.items) <= set(items.tolist()) and len(one.items) == 12
+    assert one.scores == two.scores == three.scores
+    assert set(other.items) <= set(recommender.eligibility.items(0).tolist()) and other.items != one.items
+    assert single.item_ids == names[:1] and abs(single.scores[0]) < 1e-5  # the only ad there is has probability 1
+
+
 def test_cold_start(recommender, asked):
     base = {"time": 8_000_000, "env": {"slot": "slot-1"}}
     unknown = {"item_id": "never seen", "type": "organic", "time": 7_000_000}
@@ -247,6 +269,8 @@ def test_bad_input_is_refused(bundle, trained, tmp_path):
 
     out = f"out={tmp_path / 'b'}"
     refused("already exists", "export", f"checkpoint={trained[0]}", f"out={bundle}")
+    (tmp_path / "p.json").write_text('{"feed": 7}')
+    refused("feed is no row", "export", f"checkpoint={trained[0]}", out, f"placements={tmp_path}/p.json")
     refused("at most 12 ads", "recommend", f"bundle={bundle}", "k=13")
     refused("does not exist", "recommend", f"bundle={bundle}", "requests=nowhere.jsonl")
     (tmp_path / "no.parquet").write_text("no")

@@ -16,7 +16,7 @@ from gpr_dist.hashing import feature_id, hash_strings, time_feature
 from gpr_dist.schema import Action
 from gpr_dist.serving.prompts import build_prompts
 from gpr_dist.serving.requests import parse_lines
-from gpr_dist.serving.settings import RequestSettings
+from gpr_dist.serving.settings import BundleSettings, RequestSettings
 
 ITEMS = [f"item-{n}" for n in range(40)]
 HASHES = hash_strings(pa.array(ITEMS))
@@ -67,7 +67,8 @@ def settings_of(config, **changes):
 
 
 def prompt_of(line, settings):
-    parsed = parse_lines([json.dumps(line).encode()], settings, 5, 10)
+    bundle = BundleSettings(requests=settings, search={"width": 10}, num_items=40, catalogue_fingerprint="f")
+    parsed = parse_lines([json.dumps(line).encode()], bundle, 5)
     assert not parsed.errors, parsed.errors
     return build_prompts(parsed.requests, settings, index_of)
 
@@ -120,3 +121,16 @@ def test_tokens_are_those_of_the_journey_builder(user_tokens, request_ids):
         assert torch.equal(found.env_features_EF, expected.env_features_EF)
         assert int(found.request_token_R[0]) == end - 1 and prompts.skipped["unknown_items"][0] == 1
     assert compared > 40
+
+
+def test_knowledge_and_older_events():
+    config = JourneyConfig(max_tokens=8, context_tokens=4, max_organic_per_block=4)
+    settings = settings_of(config, num_knowledge_vectors=2, knowledge_width=2, history_events=3)
+    history = [{"item_id": f"item-{n}", "type": "ad", "action": "click", "time": 1000 + n} for n in range(9)]
+    prompts = prompt_of({"time": 2000, "history": history, "knowledge": [[1, 2], [3, 4]]}, settings)
+    batch = prompts.batch(np.array([0]), CODES)
+    assert batch.knowledge_BmE.tolist() == [[[1, 2], [3, 4]]]
+    read = [item for item in batch.item_T.tolist() if item >= 0]  # the latest ads that fit, each with its request's E
+    assert read == [7, 8] and batch.past_item_X.tolist() == [4, 5, 6] and batch.past_time_X.tolist() == [1004, 1005, 1006]
+    assert torch.equal(batch.past_codes_XL, torch.from_numpy(CODES[[4, 5, 6]]).long()) and batch.past_offsets_B1.tolist() == [0, 3]
+    assert not prompt_of({"time": 2000}, settings).batch(np.array([0]), CODES).knowledge_BmE.any()
