@@ -51,8 +51,8 @@ class ModelSearch:
         return self.model(self.batch, task="decode", opening=self.opening, request_N=request_N + self.first_request, head_N=head_N,
                           prefix_Nl=prefix_Nl, with_state=True)
 
-    def values(self, state_ND: Tensor, row_M: Tensor, code_M: Tensor, level: int) -> Tensor:
-        return self.model(self.batch, task="values", state_MD=state_ND.index_select(0, row_M), code_M=code_M, level=level)
+    def values(self, state_N2D: Tensor, row_M: Tensor, code_M: Tensor, level: int) -> Tensor:
+        return self.model(self.batch, task="values", state_M2D=state_N2D.index_select(0, row_M), code_M=code_M, level=level)
 
     def copies(self, num_requests: int, heads: tuple[int, ...]) -> CopyMass | None:
         copying = self.opening.copying

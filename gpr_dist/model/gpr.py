@@ -159,17 +159,17 @@ class GPR(nn.Module):
 
     def _decode(self, batch: Batch, opening: Opening, request_N: Tensor, head_N: Tensor, prefix_Nl: Tensor,
                 with_state: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Log-probabilities [N, V] of the code after each prefix, float32; requests in any order. With the states [N, D] that predict
-        them, which task="values" reads."""
-        state_ND = self.ptd(opening, task="extend", request_N=request_N, head_N=head_N, prefix_Nl=prefix_Nl,
-                            prefix_NlD=self.codes(prefix_Nl))
+        """Log-probabilities [N, V] of the code after each prefix, float32; requests in any order. With what task="values" reads: the
+        states that predict them and the sums of the prefixes' embeddings, [N, 2, D]."""
+        prefix_NlD = self.codes(prefix_Nl)
+        state_ND = self.ptd(opening, task="extend", request_N=request_N, head_N=head_N, prefix_Nl=prefix_Nl, prefix_NlD=prefix_NlD)
         log_probs_NV = self.codes(state_ND[:, None], task="logits", first_level=prefix_Nl.shape[1])[:, 0].float().log_softmax(-1)
-        return (log_probs_NV, state_ND) if with_state else log_probs_NV
+        return (log_probs_NV, torch.stack((state_ND, prefix_NlD.sum(1)), 1)) if with_state else log_probs_NV
 
-    def _values(self, batch: Batch, state_MD: Tensor, code_M: Tensor, level: int) -> Tensor:
+    def _values(self, batch: Batch, state_M2D: Tensor, code_M: Tensor, level: int) -> Tensor:
         """V_{level+1} [M] of choosing a code of `level` (from 0) in these states, log1p units, float32."""
         code_MD = self.codes(code_M[:, None] + level * self.config.codebook_size)[:, 0]
-        return self.hte(state_MD[:, None], code_MD[:, None], level=level)[:, 0]
+        return self.hte(state_M2D[:, :1], torch.stack((state_M2D[:, 1], code_MD), 1), level=level)[:, 0]
 
 
 def _target_keys(batch: Batch, num_levels: int) -> Tensor:

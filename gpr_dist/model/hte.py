@@ -8,7 +8,7 @@ earlier ones. Everything it reads is detached, so values never disturb the gener
 import torch
 from torch import Tensor, nn
 
-# N targets or prefixes  L levels  l of them  D width
+# N targets or prefixes  L levels  D width
 
 
 class HTE(nn.Module):
@@ -22,12 +22,14 @@ class HTE(nn.Module):
     def forward(self, state_NLD: Tensor, code_NLD: Tensor, level: int | None = None) -> Tensor:
         """Returns: values [N, L+1] in log1p units of the logged value, float32.
 
-        Args: level: if given, states and codes are those of this level alone, [N, 1, D], and so is the result: V_{level+1} [N, 1].
+        Args: level: if given, states are those of this level alone, [N, 1, D], codes are the embeddings of the levels up to it, and the
+            result is V_{level+1} [N, 1].
         """
-        state_NLD, code_NLD = state_NLD.detach(), code_NLD.detach()
+        state_NLD, prefix_NLD = state_NLD.detach(), code_NLD.detach().cumsum(1)
         if level is not None:
-            return self.levels[level](torch.cat((state_NLD[:, 0], code_NLD[:, 0]), dim=-1)).float()
-        values = [self.root(state_NLD[:, 0])]
-        for number, mlp in enumerate(self.levels):
-            values.append(mlp(torch.cat((state_NLD[:, number], code_NLD[:, number]), dim=-1)))
-        return torch.cat(values, dim=1).float()
+            return self._value(level, state_NLD[:, 0], prefix_NLD[:, -1])
+        values = [self._value(number, state_NLD[:, number], prefix_NLD[:, number]) for number in range(len(self.levels))]
+        return torch.cat([self.root(state_NLD[:, 0]).float(), *values], dim=1)
+
+    def _value(self, level: int, state_ND: Tensor, prefix_ND: Tensor) -> Tensor:
+        return self.levels[level](torch.cat((state_ND, prefix_ND), dim=-1)).float()
