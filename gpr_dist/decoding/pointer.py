@@ -39,7 +39,8 @@ class Pointer:
 
         has_items_B = torch.zeros(eligible.num_requests, dtype=torch.bool, device=slot_X.device)
         has_items_B[request_X[log_mass_X > -torch.inf]] = True
-        log_gate_BH = copy.log_gate_B.double().view(eligible.num_requests, -1).masked_fill(~has_items_B[:, None], -torch.inf)
+        log_gate_BH = (copy.log_gate_B if copy.log_gate_B.dim() == 2 else copy.log_gate_B[:, None]).double()
+        log_gate_BH = log_gate_BH.masked_fill(~has_items_B[:, None], -torch.inf)
         log_gate_Q = log_gate_BH.expand(-1, heads).reshape(-1)
         masses = []
         for level, node_X in enumerate(trie.ancestors(slot_X)):
