@@ -19,7 +19,7 @@ from gpr_dist.decoding import choose
 from gpr_dist.decoding.legality import Eligible
 from gpr_dist.decoding.pointer import Pointer
 from gpr_dist.decoding.segments import log_sum_exp, starts, top_k, z_scores
-from gpr_dist.errors import TrainingError
+from gpr_dist.errors import ConfigError, TrainingError
 from gpr_dist.schema import CopyMass
 
 # B requests  Q searches (request, head), by request  K results per request  L levels  V codes per level
@@ -84,10 +84,10 @@ class SearchConfig(Config):
         return self
 
     def widths(self, num_levels: int) -> list[list[int]]:
-        """Prefixes per level and head; every head has at least one. Raises: ValueError when `width` lists another number of levels."""
+        """Prefixes per level and head; every head has at least one. Raises: ConfigError when `width` lists another number of levels."""
         widths = [self.width] * num_levels if isinstance(self.width, int) else list(self.width)
         if len(widths) != num_levels:
-            raise ValueError(f"width={self.width} lists {len(widths)} levels, the trie has {num_levels}")
+            raise ConfigError(f"search.width={self.width} lists {len(widths)} levels, the trie has {num_levels}; give one or as many")
         return [_shares(width, self.shares) for width in widths]
 
     @property
@@ -112,7 +112,7 @@ class SearchModel(Protocol):
 
 @dataclass(frozen=True)
 class BeamResult:
-    """The leaves found for each request, best first. Where there are fewer: leaf -1, scores -inf, codes -1, value NaN."""
+    """The leaves found for each request, in the order of the strategy. Where there are fewer: leaf -1, scores -inf, codes -1, value NaN."""
 
     leaf_BK: Tensor  # int64, node of the trie's last level
     score_BK: Tensor  # float32, log-probability of the path in nats
@@ -146,7 +146,8 @@ def search(model: SearchModel, eligible: Eligible, config: SearchConfig, item_we
     Args:
         eligible: what each request may be shown. item_weight_M: [slots], from `Trie.slot_weights`; for softmax=prior.
         request_id_B: int64, for sampling: a request draws the same numbers whatever batch it is in.
-    Returns: exactly K columns. A beam of at least the number of legal prefixes is exact. "sample" returns its draws in their order.
+    Returns: exactly K columns, by score; with strategy value by score + eta zscore(V), with gumbel by perturbed score, with sample in
+        the order of the draws. A beam of at least the number of legal prefixes is exact.
     Raises: TrainingError when the model returns NaN.
     """
     trie, sampled = eligible.trie, config.strategy in ("sample", "gumbel")

@@ -9,11 +9,12 @@ import torch
 from scipy.stats import chisquare
 from search_market import SEARCHABLE, B, L, N, P, SearchMarket, V, as_dict, log, prefix_number
 
+from gpr_dist.config import build_config
 from gpr_dist.decoding.legality import Eligible
 from gpr_dist.decoding.ranking import rank_items
 from gpr_dist.decoding.search import SearchConfig, ValueGuide, search
 from gpr_dist.decoding.trie import Trie
-from gpr_dist.errors import TrainingError
+from gpr_dist.errors import ConfigError, TrainingError
 
 VARIANTS = [(0, False, False), (1, True, False), (2, False, True), (3, True, True), (4, True, True)]
 PLAIN_GUIDE = ValueGuide(temperature=None, eta=0)
@@ -229,6 +230,18 @@ def test_steps_are_those_of_the_distribution_and_sum_to_the_score(settings, with
 def test_the_width_is_split_over_the_heads_by_weight():
     config = SearchConfig(width=(10, 3, 128), heads=(0, 1, 2), head_weights=(0.7, 0.2, 0.1))
     assert config.widths(3) == [[7, 2, 1], [1, 1, 1], [90, 25, 13]]
+    with pytest.raises(ConfigError, match="lists 3 levels, the trie has 4"):
+        config.widths(4)
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"width": 0}, "at least 1"), ({"heads": (0, 0)}, "distinct"), ({"heads": (0, 1), "head_weights": (1.0,)}, "one for each"),
+    ({"heads": (0, 1), "width": 1}, "number of heads"), ({"strategy": "gumbel"}, "legal codes"), ({"temperature": 0.5}, "legal codes"),
+    ({"strategy": "sample", "softmax": "legal", "heads": (0, 1)}, "one MTP head"),
+    ({"strategy": "sample", "softmax": "legal", "width": (1, 2, 3)}, "one width"), ({"widht": 3}, "did you mean width")])
+def test_settings_that_contradict_each_other_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        build_config(SearchConfig, settings, "search")
 
 
 @pytest.mark.parametrize("strategy", ["sample", "gumbel"])
