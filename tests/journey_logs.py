@@ -61,7 +61,8 @@ def to_batches(users, with_env=True, rows_per_batch=5):
                 rows.append({"user_id": user, "num_context": num_context, "num_lookahead": len(later),
                              "token_type": [token[0] for token in tokens], "item": [token[1] for token in tokens],
                              "timestamp": [token[2] for token in tokens], "block": blocks, "eligibility": groups,
-                             "scene": [token[1] % 3 for token in tokens], "value": [value_of(token) for token in tokens]})
+                             "scene": [token[1] % 3 for token in tokens], "value": [value_of(token) for token in tokens],
+                             "env_features": [token[2] // DAY_S % 7 for token in tokens if token[0] == TokenType.E]})
         rows = [{field.name: [] for field in JOURNEY_SCHEMA if pa.types.is_list(field.type)}
                 | {name: [0] * len(row["item"]) for name in ("action", "pctr", "pcvr")} | row for row in rows]
         batches[split] = pa.Table.from_pylist(rows, schema=JOURNEY_SCHEMA).to_batches(max_chunksize=rows_per_batch)

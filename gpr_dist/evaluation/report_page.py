@@ -173,8 +173,9 @@ def _segment_parts(report: Report) -> list[Part]:
     intro = {"history": "By length of the history", "item": "By how often the item was trained", "repeat": "Met before, or discovered",
              "scene": "By scene"}
     parts: list[Part] = [f"HitR@{k} of the ads of each segment. Figures leave out segments of fewer than {_LEAST_TARGETS} ads."]
-    figures = [_segment_figure(report, kind, title) for kind, title in intro.items() if kind in report["segments"] and kind != "scene"]
-    parts += figures
+    large = {kind: {name: found for name, found in report["segments"].get(kind, {}).items() if found["targets"] >= _LEAST_TARGETS}
+             for kind in ("history", "item", "repeat")}
+    parts += [_segment_figure(report, intro[kind], segments) for kind, segments in large.items() if segments]
     for kind, segments in report["segments"].items():
         rows = []
         for segment, found in segments.items():
@@ -184,9 +185,8 @@ def _segment_parts(report: Report) -> list[Part]:
     return parts
 
 
-def _segment_figure(report: Report, kind: str, title: str) -> Figure:
+def _segment_figure(report: Report, title: str, segments: Mapping[str, Any]) -> Figure:
     k, names = report["ks"][0], list(report["results"])
-    segments = {name: found for name, found in report["segments"][kind].items() if found["targets"] >= _LEAST_TARGETS}
     width = 0.8 / len(names)
 
     def paint(axes: Axes) -> None:
