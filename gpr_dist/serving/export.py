@@ -35,7 +35,7 @@ _LENGTH = struct.Struct("<Q")  # a safetensors file: length of the header, heade
 _DTYPES = {"float32": ("F32", torch.float32, torch.int32), "bfloat16": ("BF16", torch.bfloat16, torch.int16)}
 
 ReadWeight = Callable[[str, int, int], Tensor]
-"""(name, lo, hi) -> float32 [hi - lo], elements of the flat weight."""
+"""(name, lo, hi) -> float32 [hi - lo], elements of the flat weight; good until the next call."""
 WeightType = Literal["float32", "bfloat16"]
 
 

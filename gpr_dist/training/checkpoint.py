@@ -191,19 +191,21 @@ def open_weights(folder: Path, mapped_bytes: int = 1 << 27) -> tuple[dict[str, l
     """To stream the weights out of a checkpoint of any world size, e.g. into a bundle.
 
     Args: mapped_bytes: the ranks' files are closed whenever this much was read, so that their pages do not add up in memory.
-    Returns: (shape of every parameter, function (name, lo, hi) -> float32 [hi - lo] of the flat parameter).
+    Returns: (shape of every parameter, function (name, lo, hi) -> float32 [hi - lo] of the flat parameter, good until the next call).
     """
     ranges, shapes = read_manifest(folder)["ranges"], read_state(folder)["shapes"]
     files: dict[str, Any] = {}
-    num_read = 0
+    num_read, buffer = 0, torch.empty(0)  # one buffer for all pieces: the allocator would keep many
 
     def read(name: str, lo: int, hi: int) -> torch.Tensor:
-        nonlocal num_read
+        nonlocal num_read, buffer
         num_read += 4 * (hi - lo)
         if num_read > mapped_bytes:
             files.clear()
             num_read = 0
-        piece = torch.empty(hi - lo)
+        if len(buffer) < hi - lo:
+            buffer = torch.empty(hi - lo)
+        piece = buffer[:hi - lo]
         read_range(piece, lo, hi, ranges.get(name, []), files, folder, name, "param")
         return piece
 
