@@ -6,10 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from random_batches import concat_batches, empty_batch, random_batch
 from torch import Tensor, nn
 
+from gpr_dist.data.candidates import ItemCandidates
+from gpr_dist.data.eligibility import Eligibility
 from gpr_dist.data.loader import LoaderConfig, build_loader
 from gpr_dist.data.sampler import World
 from gpr_dist.errors import GPRError
@@ -190,22 +193,27 @@ class RecordedLoader:
 
 def fit_tiny(data: str, run: str, until: int, total: int = 8, zero_stage: int = 3, precision: str = "fp32", dropout: float = 0.0,
              every: int = 100, keep_last: int = 10, keep_every: int = 0, validation: list | None = None, nan_steps: tuple = (),
-             policy: str = "stop", max_skipped: int = 10, width: int = 16) -> dict:
+             policy: str = "stop", max_skipped: int = 10, width: int = 16, items: dict | None = None) -> dict:
     """`fit` to step `until` (a checkpoint is written there) of a run of `total` steps, resuming what the run folder holds.
 
-    Args: validation: made-up validation losses, one per step; nan_steps: steps (from 1) at which the last rank's loss is NaN.
+    Args: validation: made-up validation losses, one per step; nan_steps: steps (from 1) at which the last rank's loss is NaN; items:
+        settings of `model.items`, with an item head.
     Returns: this rank's row ids per step, the losses logged, the text of a GPRError that ended it.
     """
     folder, run_folder = Path(data), Path(run)
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     semantic_ids = SemanticIds.load(folder / "tokenizer")
     config = model_config(width=width, num_user_features=0, hsd={"num_heads": 2, "dropout": dropout}, num_levels=semantic_ids.num_levels,
-                          codebook_size=semantic_ids.codebook_size)
+                          codebook_size=semantic_ids.codebook_size, items={**(items or {}), "num_items": semantic_ids.num_items})
+    candidates = None
+    if items:
+        weights = np.arange(semantic_ids.num_items) % 7 + 1.0
+        candidates = ItemCandidates(semantic_ids.codes_NL, Eligibility.load(folder), config.items, weights)
     torch.manual_seed(0)
     engine = Engine(GPR(config), EngineConfig(zero_stage=zero_stage, precision=precision, timeout_seconds=TIMEOUT_S))
     torch.manual_seed(1000 + rank)
     loader = build_loader(folder / "shards" / "train", LoaderConfig(global_batch_size=64, micro_batch_tokens=512), World(rank, world_size),
-                          semantic_ids.codes_NL, config.num_mtp_heads)
+                          semantic_ids.codes_NL, config.num_mtp_heads, candidates=candidates)
     restored = checkpoint.load_latest(engine, run_folder, {"tokenizer": semantic_ids.codebook_fingerprint})
     progress = Progress(**restored.state["progress"]) if restored else Progress()
     if restored:
@@ -219,7 +227,7 @@ def fit_tiny(data: str, run: str, until: int, total: int = 8, zero_stage: int = 
         "checkpoint": {"every_steps": every, "keep_last": keep_last, "keep_every_steps": keep_every}})
     made_up = iter(validation or [])
     error = None
-    objective = mtp_objective(config.num_mtp_heads, 0.1)
+    objective = mtp_objective(config.num_mtp_heads, 0.1, item_loss_weight=1.0)
 
     def spoilt(engine: Engine, batch: Any, num_targets: int) -> Any:
         share = objective(engine, batch, num_targets)
