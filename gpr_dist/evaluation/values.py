@@ -5,6 +5,7 @@ level's prediction into an expected value in the log's own units, and keeps the 
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from sklearn.isotonic import IsotonicRegression
 from tqdm import tqdm
 
 from gpr_dist.model.gpr import GPROutput
-from gpr_dist.schema import Batch
+from gpr_dist.schema import Batch, Candidates
 
 # N targets of head 0 whose value was logged  L levels  Q steps of a calibration curve
 
@@ -43,10 +44,20 @@ def predict_values(model: Callable[[Batch], GPROutput], batches: Iterable[Batch]
     predicted, logged = [], []
     for batch in tqdm(batches, desc="values", unit="batch", mininterval=0.5):
         keep_N = (batch.target_head_N == 0) & batch.target_value_N.isfinite()
-        kept = batch.keep_targets(keep_N)
+        if not keep_N.any():
+            continue
+        kept = _with_candidates(batch.keep_targets(keep_N))
         predicted.append(model(kept.to(device)).values_NL1.double().cpu().numpy())
         logged.append(kept.target_value_N.double().numpy())
     return Values(np.concatenate(predicted), np.concatenate(logged)) if predicted else Values(np.zeros((0, 1)), np.zeros(0))
+
+
+def _with_candidates(batch: Batch) -> Batch:
+    """An item head's loss is worked out along with the values; the smallest softmax will do, over the targets themselves."""
+    item_C, column_N = torch.unique(batch.target_item_N, return_inverse=True)
+    codes_CL = batch.target_codes_NL.new_empty(len(item_C), batch.target_codes_NL.shape[1])
+    codes_CL[column_N] = batch.target_codes_NL
+    return replace(batch, candidates=Candidates(item_C, codes_CL), target_column_N=column_N)
 
 
 def calibrate(values: Values) -> list[Calibration]:

@@ -55,6 +55,12 @@ def test_the_ads_shown_with_a_logged_value_are_predicted_as_in_training():
     assert sorted(values.logged_N) == sorted(whole.target_value_N[keep].double().tolist()) and 0 < len(values.logged_N) < len(keep)
 
 
+def test_an_item_head_changes_no_value_and_needs_no_candidates():
+    items = {"buckets": 64, "num_items": 50, "input": False}
+    values = predict_values(tiny_model(items=items), [random_batch(1)], torch.device("cpu"))
+    assert len(values.logged_N) and np.isfinite(values.predicted_NL1).all()
+
+
 def test_without_logged_values_there_is_nothing_to_calibrate():
     batch = random_batch(1)
     batch.target_value_N = torch.full_like(batch.target_value_N, float("nan"))
