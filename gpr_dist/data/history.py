@@ -15,7 +15,7 @@ from gpr_dist.schema import HistoryManifest, ShardManifest, file_checksum
 
 # B rows  X events of all rows
 
-_REMAKE = "make it again with launch/build_data.py"
+_REMAKE = "delete the folder, launch/pretrain.py makes it again"
 
 
 class UserHistory:
