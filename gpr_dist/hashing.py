@@ -8,6 +8,7 @@ have hashes too, but promise nothing between versions; xxhash is stable, but is 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
 from gpr_dist.errors import ConfigError, DataError
 
@@ -27,6 +28,19 @@ def mix64(x: np.ndarray) -> np.ndarray:
     x *= np.uint64(0x94D049BB133111EB)
     x ^= x >> np.uint64(31)
     return x
+
+
+def mix_tensor(x: torch.Tensor) -> torch.Tensor:
+    """`mix64` of int64 tensors. Products wrap around; `>>` keeps the sign, so it is masked away."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4_658_895_280_553_007_687
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7_723_592_293_110_705_685
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def row_keys(row_T: torch.Tensor, position_T: torch.Tensor, seed: int) -> torch.Tensor:
+    """int64 [T], one key for every position of every row, different for every seed (any int64)."""
+    wrapped = (seed * 0x2545F4914F6CDD1 + 2**63) % 2**64 - 2**63
+    return mix_tensor(mix_tensor(row_T + wrapped) + position_T)
 
 
 def combine64(*columns: np.ndarray) -> np.ndarray:

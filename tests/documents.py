@@ -40,7 +40,9 @@ def broken_references(text: str) -> list[str]:
 
 
 def launch_module(name: str) -> ModuleType:
-    """A script of launch/ as a module, as Python finds it when the script is run."""
+    """A script of launch/ as a module, as Python finds it when the script is run: with its neighbours in reach."""
+    if (folder := str(ROOT / "launch")) not in sys.path:
+        sys.path.append(folder)
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, ROOT / "launch" / f"{name}.py")
         sys.modules[name] = importlib.util.module_from_spec(spec)

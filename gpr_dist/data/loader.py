@@ -29,7 +29,7 @@ from gpr_dist.data.past import PastItems
 from gpr_dist.data.reader import ShardReader
 from gpr_dist.data.sampler import EpochPlan, Sampling, World, build_sampling, owned_streams, pack_in_order, pack_steps
 from gpr_dist.errors import DataError
-from gpr_dist.ops.noise import row_keys
+from gpr_dist.hashing import row_keys
 from gpr_dist.schema import JOURNEY_SCHEMA, Batch
 
 T = TypeVar("T")

@@ -12,6 +12,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from gpr_dist.config import Config
+from gpr_dist.hashing import row_keys
 from gpr_dist.model.embedding import CodeEmbedding, EmbeddingConfig, TokenEmbedding
 from gpr_dist.model.hsd import HSD, HSDConfig
 from gpr_dist.model.hte import HTE
@@ -19,7 +20,7 @@ from gpr_dist.model.items import Items, ItemsConfig
 from gpr_dist.model.knowledge import Knowledge, KnowledgeConfig
 from gpr_dist.model.pointer import Copying, Pointer, PointerConfig
 from gpr_dist.model.ptd import PTD, Intents, Opening, PTDConfig
-from gpr_dist.ops.noise import dropout, row_keys
+from gpr_dist.ops.noise import dropout
 from gpr_dist.schema import Batch, Candidates
 
 # T packed tokens  D width  R requests  Q openings (request, head)  N targets  L levels  V codes per level

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpr_dist.hashing import mix_tensor
+
 # N keys
 
 _TABLE_ROWS = 1 << 12  # of dropout's table; a megabyte at width 128
@@ -16,8 +18,8 @@ def hashed_uniform(key_N: Tensor, count: int, seed: int = 0) -> Tensor:
     """float32 [N, count] in (0, 1) from int64 keys, by the SplitMix64 finaliser."""
     counter = torch.arange(1, count + 1, device=key_N.device) * -7_046_029_254_386_353_131  # the golden ratio as 64 bits
     offset = (seed * 0x2545F4914F6CDD1 + 2**63) % 2**64 - 2**63  # as it would wrap around in an int64
-    x = _mix(key_N + offset)[:, None] + counter
-    return ((_mix(x) >> 40) & 0xFFFFFF).float() / 2.0**24 + 2.0**-25
+    x = mix_tensor(key_N + offset)[:, None] + counter
+    return ((mix_tensor(x) >> 40) & 0xFFFFFF).float() / 2.0**24 + 2.0**-25
 
 
 def hashed_normal(key_N: Tensor, count: int, seed: int = 0) -> Tensor:
@@ -39,7 +41,7 @@ def dropout(x: Tensor, p: float, training: bool, key_N: Tensor | None = None, sa
     if not training or not drop:
         return x
     if key_N is not None:
-        hashed = _mix(key_N.reshape(-1) + (salt + 1) * 88_172_645_463_325)
+        hashed = mix_tensor(key_N.reshape(-1) + (salt + 1) * 88_172_645_463_325)
         table = _random_bits(x.shape[-1], x.device)
         bits = table.index_select(0, hashed & (_TABLE_ROWS - 1)) ^ table.index_select(0, (hashed >> 32) & (_TABLE_ROWS - 1))
         bits = bits.view(x.shape)
@@ -55,16 +57,3 @@ def _random_bits(width: int, device: torch.device) -> Tensor:
     """int16 [rows, width], the same in every process."""
     generator = torch.Generator().manual_seed(width)
     return torch.randint(-32768, 32768, (_TABLE_ROWS, width), dtype=torch.int16, generator=generator).to(device)
-
-
-def row_keys(row_T: Tensor, position_T: Tensor, seed: int) -> Tensor:
-    """int64 [T], one key for every position of every row, different for every seed (any int64)."""
-    wrapped = (seed * 0x2545F4914F6CDD1 + 2**63) % 2**64 - 2**63
-    return _mix(_mix(row_T + wrapped) + position_T)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """Products wrap around; `>>` keeps the sign, so it is masked away."""
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4_658_895_280_553_007_687
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7_723_592_293_110_705_685
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)

@@ -19,7 +19,8 @@ from gpr_dist.job import PretrainConfig
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "PAPER.md")}
 STRICT = {"--strict": "a switch"}
-FLAGS = {"fit_tokenizer.py": {"--append": "a switch"}, "report.py tokenizer": STRICT, "report.py drift": STRICT}
+FLAGS = {"recommend.py": {"--bench": "a switch"},
+         "fit_tokenizer.py": {"--append": "a switch"}, "report.py tokenizer": STRICT, "report.py drift": STRICT}
 
 
 JOBS: dict[str, tuple[type[Config], str | None]] = {  # script -> its config and the file it reads without --config
@@ -30,6 +31,9 @@ JOBS: dict[str, tuple[type[Config], str | None]] = {  # script -> its config and
     "plan.py": (launch_module("plan").PlanConfig, "configs/pretrain.yaml"),
     "bench.py loader": (launch_module("bench_loader").LoaderBenchConfig, None),
     "bench.py step": (launch_module("bench_step").StepBenchConfig, None),
+    "bench.py decode": (launch_module("bench_decode").DecodeBenchConfig, None),
+    "export.py": (launch_module("export").ExportConfig, None),
+    "recommend.py": (launch_module("recommend").RecommendConfig, None),
     "build_knowledge.py": (BuildKnowledgeConfig, "configs/knowledge/complete_journey.yaml"),
     "bench.py tokenizer": (launch_module("bench_tokenizer").TokenizerBenchConfig, None),
     "bench.py table1": (launch_module("bench_table1").Table1Config, None),
@@ -54,6 +58,7 @@ def launches() -> list[tuple[str, list[str]]]:
         at = next((n for n, word in enumerate(words) if word.startswith("launch/")), None)
         if at is not None:
             script, arguments = words[at].removeprefix("launch/"), words[at + 1 :]
+            arguments = arguments[: arguments.index(">")] if ">" in arguments else arguments
             found.append((f"{script} {arguments.pop(0)}" if script in ("bench.py", "report.py") else script, arguments))
     return found
 
@@ -79,7 +84,8 @@ def test_every_command_is_accepted(script, arguments):
 def test_every_script_and_copied_file_is_there_and_shown():
     shown = {script.split()[0] for script, _ in launches()}
     scripts = {path.name for path in (ROOT / "launch").glob("*.py") if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")}
-    assert shown == scripts - {"bench_step_ours.py", "bench_step_peers.py"}  # child processes of bench.py step
+    children = {f"bench_{name}_{whose}.py" for name in ("step", "decode") for whose in ("ours", "peers")}  # processes of bench.py
+    assert shown == scripts - children
     assert len(launches()) >= 16 and all((ROOT / source).is_file() for source in copies().values())
 
 

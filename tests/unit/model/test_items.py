@@ -13,8 +13,8 @@ from gpr_dist.config import build_config
 from gpr_dist.data.candidates import CandidatesConfig, ItemCandidates
 from gpr_dist.data.eligibility import Eligibility
 from gpr_dist.errors import ConfigError
+from gpr_dist.hashing import row_keys
 from gpr_dist.model.items import ItemsConfig, item_rows
-from gpr_dist.ops.noise import row_keys
 from gpr_dist.schema import EVERY_AD, Candidates
 
 M = 60

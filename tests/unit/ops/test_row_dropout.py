@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from gpr_dist.ops.noise import dropout, row_keys
+from gpr_dist.hashing import row_keys
+from gpr_dist.ops.noise import dropout
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
