@@ -59,7 +59,7 @@ def test_without_targets_or_gradients():
     state, weight, bias, request, column = inputs()
     none = torch.empty(0, dtype=torch.long)
     loss = item_nll(state, weight, bias, none, none)
-    assert float(loss) == 0
+    assert loss.item() == 0
     for gradient in gradients(loss, (state, weight, bias)):
         assert not gradient.any()  # zeros, not None: every rank uses every parameter
     with torch.no_grad():
