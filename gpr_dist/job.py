@@ -40,9 +40,9 @@ class DataConfig(Config):
     knowledge: Path | None = None
     """external knowledge of the users, made by launch/build_knowledge.py for these shards; none = the model has none"""
     history: Path | None = None
-    """events of the users older than their rows, which a pointer can copy too; made when missing; none = only the rows themselves"""
-    history_events: int = Field(1024, ge=1)
-    """most events of a row's history, the latest ones"""
+    """folder of the users' events by time, for what is older than a row; made when missing; none = <folder>/history"""
+    history_events: int = Field(0, ge=0)
+    """most events older than its row that a pointer may copy too, the latest ones; 0 = only the row's own"""
     softmax: Softmax = "prior"
     """codes the softmax runs over in training and search: all; legal = those legal at the request (the paper's); prior = the same with
     the log of each code's popularity added to its logit"""
@@ -127,7 +127,12 @@ def open_past(model: GPRConfig, data: DataConfig, semantic_ids: SemanticIds, eli
     """Finds what a request may repeat; none for a model without a pointer."""
     if not model.pointer.width:
         return None
-    return PastItems(semantic_ids.codes_NL, semantic_ids.codebook_size, eligibility, data.history, data.history_events)
+    return PastItems(semantic_ids.codes_NL, semantic_ids.codebook_size, eligibility, history_folder(data), data.history_events)
+
+
+def history_folder(config: DataConfig) -> Path | None:
+    """None: a pointer copies from the rows alone."""
+    return (config.history or config.folder / "history") if config.history_events else None
 
 
 def train_shards(config: DataConfig) -> str:

@@ -143,7 +143,7 @@ def describe(config: ExportConfig, data: DataConfig, manifest: ShardManifest, mo
         time_features=find_time_features(manifest.env_features, first) if env_tokens else (),
         user_tokens=user_tokens, env_tokens=env_tokens, max_tokens=journeys.max_tokens, context_tokens=journeys.max_tokens,
         max_organic_per_block=journeys.max_organic_per_block, num_knowledge_vectors=model.knowledge.num_vectors,
-        history_events=trained.history_events if model.pointer.width and trained.history else 0,
+        history_events=trained.history_events if model.pointer.width else 0,
         knowledge_width=model.knowledge.width)
     search = {**config.search.model_dump(), "softmax": trained.softmax}
     return BundleSettings(requests=requests, search=build_config(SearchConfig, search, "search"), order=config.order,

@@ -52,8 +52,7 @@ def main() -> None:
     if args.dry_run:
         return
     rows = config.data.loader.global_batch_size
-    history_events = config.data.history_events if config.data.history else 0
-    work = step_work(config.model, rows, tokens_per_row, targets_per_row, history_events)
+    work = step_work(config.model, rows, tokens_per_row, targets_per_row, config.data.history_events)
     print_memory(config, work)
     print(f"\nper optimizer step (journeys: {source}): {rows:,} journeys, {work.tokens:,} tokens, "
           f"{int(rows * targets_per_row):,} target ads")

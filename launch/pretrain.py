@@ -27,7 +27,17 @@ from gpr_dist.data.reader import ShardReader
 from gpr_dist.data.sampler import World
 from gpr_dist.errors import ConfigError, DataError, run_cli
 from gpr_dist.evaluation.validate import build_validation, has_targets, open_catalogue, save_popularity
-from gpr_dist.job import DataConfig, PretrainConfig, RunConfig, open_past, resolve, split_shards, tokenizer_folder, train_shards
+from gpr_dist.job import (
+    DataConfig,
+    PretrainConfig,
+    RunConfig,
+    history_folder,
+    open_past,
+    resolve,
+    split_shards,
+    tokenizer_folder,
+    train_shards,
+)
 from gpr_dist.model.flops import count_parameters
 from gpr_dist.model.gpr import GPR
 from gpr_dist.schema import write_atomic
@@ -69,7 +79,7 @@ def prepare_tokenizer(config: DataConfig) -> None:
 
 def prepare_history(config: PretrainConfig) -> None:
     """Collect the users' events where a pointer wants them and they are missing."""
-    history = config.data.history
+    history = history_folder(config.data)
     if config.model.pointer.width and history is not None and not (history / "history.json").exists():
         build_history(config.data.folder, history)
 
