@@ -27,8 +27,7 @@ def build_history(data: Path, out: Path) -> HistoryManifest:
 
     Raises: DataError for missing or damaged shards, and for 2^30 users or more.
     """
-    folders = [data / "shards" / split for split in SPLITS if (data / "shards" / split / "manifest.json").exists()]
-    manifests = [ShardManifest.parse((folder / "manifest.json").read_bytes(), str(folder)) for folder in folders]
+    folders, manifests = _splits(data)
     events: dict[str, list[np.ndarray]] = {name: [] for name in ("user", "time", "item", "action")}
     asked: list[tuple[np.ndarray, np.ndarray]] = []  # user and first moment of every row, split after split
     for folder, manifest in zip(folders, manifests, strict=True):
@@ -66,6 +65,16 @@ def build_history(data: Path, out: Path) -> HistoryManifest:
     for path in set(out.glob("*.npy")) - {out / name for name in (*files.values(), *(entry.file for entry in found.values()))}:
         path.unlink()
     return manifest
+
+
+def is_history_of(data: Path, history: Path) -> bool:
+    """Whether a history was made of the shards that are in the data folder now. Raises: DataError when it cannot be read."""
+    return set(HistoryManifest.load(history).splits) == {manifest.fingerprint for manifest in _splits(data)[1]}
+
+
+def _splits(data: Path) -> tuple[list[Path], list[ShardManifest]]:
+    folders = [data / "shards" / split for split in SPLITS if (data / "shards" / split / "manifest.json").exists()]
+    return folders, [ShardManifest.parse((folder / "manifest.json").read_bytes(), str(folder)) for folder in folders]
 
 
 def _save(folder: Path, name: str, values: np.ndarray) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from data_pipeline.build import BuildConfig, build_data
-from data_pipeline.history import build_history
+from data_pipeline.history import build_history, is_history_of
 from data_pipeline.tokenize_items import FitTokenizerConfig, build_tokenizer
 from gpr_dist.config import load_config, parse_cli, to_yaml
 from gpr_dist.data.candidates import ItemCandidates
@@ -78,9 +78,11 @@ def prepare_tokenizer(config: DataConfig) -> None:
 
 
 def prepare_history(config: PretrainConfig) -> None:
-    """Collect the users' events where a pointer wants them and they are missing."""
+    """Collect the users' events where a pointer wants them and they are missing; again where the shards beside them are others."""
     history = history_folder(config.data)
-    if config.model.pointer.width and history is not None and not (history / "history.json").exists():
+    if not config.model.pointer.width or history is None:
+        return
+    if not (history / "history.json").exists() or (config.data.history is None and not is_history_of(config.data.folder, history)):
         build_history(config.data.folder, history)
 
 

@@ -77,7 +77,7 @@ def test_train_resume_and_evaluate_with_knowledge(tiny, knowledge, tmp_path):
     arguments = [f"checkpoint={run}", "settings.max_rows=7", "settings.beam_width=8", "settings.ks=[2]", "baselines=false"]
     done = launch("evaluate.py", tmp_path, *arguments)
     assert done.returncode == 0, done.stderr
-    evaluated = json.loads((run / "evaluation-test.json").read_text())["results"]["GPR step-000006"]
+    evaluated = json.loads((run / "evaluation-test.json").read_text())["results"]["generative"]
     assert evaluated["num_requests"] > 0
     folder, state = run / "step-000006", read_state(run / "step-000006")
     evaluate = launch_module("evaluate")

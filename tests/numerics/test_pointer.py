@@ -134,7 +134,7 @@ def test_packing_changes_nothing(history):
     alone = [PAST.add_to(part, history) for part in parts]
     together = PAST.add_to(concat_batches(parts), history)
     total = together.num_targets
-    assert_same(loss_and_gradients(model, [together], total), loss_and_gradients(model, alone, total), 1e-9)
+    assert_same(loss_and_gradients(model, [together], total), loss_and_gradients(model, alone, total), 1e-7)  # values are float32
 
 
 def test_later_tokens_change_nothing():

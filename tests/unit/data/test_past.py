@@ -1,6 +1,7 @@
 """What a request may repeat, against a slow walk over its row; and the users' older events, against the journeys themselves."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from journeys_fixture import NUM_ITEMS, random_journeys, write_split
 from random_batches import concat_batches, empty_batch, random_batch
 
-from data_pipeline.history import build_history
+from data_pipeline.history import build_history, is_history_of
 from gpr_dist.data.eligibility import Eligibility
 from gpr_dist.data.history import UserHistory
 from gpr_dist.data.loader import LoaderConfig, iter_once
@@ -137,6 +138,9 @@ EVERYTHING = Eligibility([np.arange(NUM_ITEMS, dtype=np.int32)] * 5, np.arange(N
 def test_a_history_of_other_shards_or_an_altered_one_is_refused(tmp_path):
     _, manifests = write_shards(tmp_path)
     manifest = build_history(tmp_path, tmp_path / "history")
+    assert is_history_of(tmp_path, tmp_path / "history")
+    shutil.copytree(tmp_path / "shards" / "train", tmp_path / "fewer" / "shards" / "train")
+    assert not is_history_of(tmp_path / "fewer", tmp_path / "history")
     with pytest.raises(DataError, match="made for the shards"):
         UserHistory(tmp_path / "history", manifests["train"].model_copy(update={"num_rows": 7}), 8)
     file = tmp_path / "history" / manifest.files["item"]
