@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
+from data_pipeline.history import build_history, is_history_of
 from gpr_dist.config import Config
 from gpr_dist.data.eligibility import Eligibility
 from gpr_dist.data.loader import LoaderConfig
@@ -128,6 +129,15 @@ def open_past(model: GPRConfig, data: DataConfig, semantic_ids: SemanticIds, eli
     if not model.pointer.width:
         return None
     return PastItems(semantic_ids.codes_NL, semantic_ids.codebook_size, eligibility, history_folder(data), data.history_events)
+
+
+def prepare_history(model: GPRConfig, data: DataConfig) -> None:
+    """Collect the users' events where a pointer wants them and they are missing; again where the shards beside them are others."""
+    history = history_folder(data)
+    if not model.pointer.width or history is None:
+        return
+    if not (history / "history.json").exists() or (data.history is None and not is_history_of(data.folder, history)):
+        build_history(data.folder, history)
 
 
 def history_folder(config: DataConfig) -> Path | None:

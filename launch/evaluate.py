@@ -35,7 +35,7 @@ from gpr_dist.evaluation.segments import target_features
 from gpr_dist.evaluation.trained import check_knowledge, find_checkpoint, load_model
 from gpr_dist.evaluation.validate import Catalogue, ValidationConfig, has_targets, open_catalogue
 from gpr_dist.evaluation.values import Values, calibrate, format_values, measure_values, predict_values
-from gpr_dist.job import DataConfig, open_past, split_shards
+from gpr_dist.job import DataConfig, open_past, prepare_history, split_shards
 from gpr_dist.model.gpr import GPR
 from gpr_dist.schema import write_atomic
 from gpr_dist.tokenizer.semantic_ids import SemanticIds
@@ -88,7 +88,7 @@ def main() -> int:
     folder = find_checkpoint(config.checkpoint, config.best)
     state = checkpoint.read_state(folder)
     trained = build_config(DataConfig, state["config"]["data"], str(folder))
-    data = trained if is_trained_data(config, trained) else DataConfig(folder=config.data)
+    data = trained if is_trained_data(config, trained) else DataConfig(folder=config.data, history_events=trained.history_events)
     shards = split_shards(data)
     manifest = ShardReader(shards[config.split]).manifest
     semantic_ids = SemanticIds.load(config.tokenizer or trained.tokenizer or data.folder / "tokenizer")
@@ -109,6 +109,7 @@ def main() -> int:
 
     requests = open_requests(shards, config.split, semantic_ids.num_items, config.settings, compare.exclude_seen, config.settings.max_rows)
     catalogue = open_catalogue(semantic_ids, Eligibility.load(data.folder), requests.popularity_I, "cpu")
+    prepare_history(model.config, data)
     past = open_past(model.config, data, semantic_ids, catalogue.eligibility)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     catalogue.trie = catalogue.trie.to(device)

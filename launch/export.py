@@ -28,7 +28,7 @@ from gpr_dist.errors import ConfigError, DataError, run_cli
 from gpr_dist.evaluation.baselines import BaselineConfig, popularity
 from gpr_dist.evaluation.validate import ValidationConfig, has_targets, open_journeys
 from gpr_dist.evaluation.values import calibrate, predict_values
-from gpr_dist.job import DataConfig, open_past, split_shards, tokenizer_folder
+from gpr_dist.job import DataConfig, open_past, prepare_history, split_shards, tokenizer_folder
 from gpr_dist.model.gpr import GPR, GPRConfig
 from gpr_dist.schema import ShardManifest, TokenType
 from gpr_dist.serving.card import write_card
@@ -91,7 +91,7 @@ def main() -> int:
     folder = checkpoint.find_checkpoint(config.checkpoint)
     state = checkpoint.read_state(folder)
     trained = build_config(DataConfig, state["config"]["data"], f"{folder}/state.json")
-    data = trained if config.data is None else trained.model_copy(update={"folder": config.data, "shards": None})
+    data = trained if config.data is None else trained.model_copy(update={"folder": config.data, "shards": None, "history": None})
     semantic_ids = SemanticIds.load(config.tokenizer or tokenizer_folder(trained))
     semantic_ids.check_codebooks(state["fingerprints"]["tokenizer"], str(folder))
     manifest = ShardReader(split_shards(data)["train"], cache_dir=data.loader.cache_dir).manifest
@@ -206,6 +206,7 @@ def calibration(config: ExportConfig, data: DataConfig, folder: Path, model: GPR
     for name, weight in checkpoint.iter_weights(folder):
         network.get_parameter(name).copy_(weight)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    prepare_history(model, data)
     batches = iter_once(shards, LoaderConfig(micro_batch_tokens=16384), World(0, 1), semantic_ids.codes_NL, model.num_mtp_heads,
                         config.calibration_rows, knowledge=data.knowledge,
                         past=open_past(model, data, semantic_ids, Eligibility.load(data.folder)))

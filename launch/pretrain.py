@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from data_pipeline.build import BuildConfig, build_data
-from data_pipeline.history import build_history, is_history_of
 from data_pipeline.tokenize_items import FitTokenizerConfig, build_tokenizer
 from gpr_dist.config import load_config, parse_cli, to_yaml
 from gpr_dist.data.candidates import ItemCandidates
@@ -31,8 +30,8 @@ from gpr_dist.job import (
     DataConfig,
     PretrainConfig,
     RunConfig,
-    history_folder,
     open_past,
+    prepare_history,
     resolve,
     split_shards,
     tokenizer_folder,
@@ -77,15 +76,6 @@ def prepare_tokenizer(config: DataConfig) -> None:
         build_tokenizer(fit)
 
 
-def prepare_history(config: PretrainConfig) -> None:
-    """Collect the users' events where a pointer wants them and they are missing; again where the shards beside them are others."""
-    history = history_folder(config.data)
-    if not config.model.pointer.width or history is None:
-        return
-    if not (history / "history.json").exists() or (config.data.history is None and not is_history_of(config.data.folder, history)):
-        build_history(config.data.folder, history)
-
-
 def check_resume(config: RunConfig) -> None:
     steps = checkpoint.list_steps(config.folder / config.name)
     if steps and not config.resume:
@@ -102,7 +92,7 @@ def main() -> int:
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     share_cpu_cores()
     together(lambda: prepare_shards(config.data), only_if=rank == 0)
-    together(lambda: prepare_history(config), only_if=rank == 0)
+    together(lambda: prepare_history(config.model, config.data), only_if=rank == 0)
     prepare_tokenizer(config.data)
     config, semantic_ids, fingerprints = resolve(config)
     run = config.run.folder / config.run.name

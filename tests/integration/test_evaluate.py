@@ -29,9 +29,12 @@ def test_all_rankers_see_the_same_requests_and_other_data_has_its_own_report(pyt
     assert len({result["num_requests"] for result in results.values()}) == 1
     assert len({result["num_targets"] for result in results.values()}) == 1 and results["popularity"]["num_requests"] < 100
 
-    shutil.copytree(trained.parents[1] / "data", tmp_path / "december")
+    shutil.copytree(trained.parents[1] / "data", tmp_path / "december", ignore=shutil.ignore_patterns("history"))
     done = evaluate(tmp_path, f"checkpoint={run}", "data=december", "baselines=false")
     assert done.returncode == 0, done.stderr
     other = json.loads((run / "evaluation-test-december.json").read_text())
     assert other["data"] == "december" and len(other["results"]) == 1
+    again, before = (found["generative"] for found in (other["results"], results))  # equal: the pointer's history was made for it
+    assert [again[name] for name in again if "hitr" in name] == [before[name] for name in again if "hitr" in name] != []
+    assert (tmp_path / "december" / "history" / "history.json").is_file()
     assert (run / "evaluation-test.json").read_bytes() == first
