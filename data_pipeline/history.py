@@ -22,12 +22,13 @@ from gpr_dist.schema import HistoryManifest, HistoryRows, ShardManifest, write_a
 _TIME_BITS = 33  # events.MAX_TIME; leaves 30 bits for the users
 
 
-def build_history(data: Path, out: Path) -> HistoryManifest:
+def build_history(data: Path, out: Path, train: Path | None = None) -> HistoryManifest:
     """Write the history of every split of a data folder. Memory: about 60 bytes per event.
 
+    Args: train: folder of the training shards, if they are not in the data folder.
     Raises: DataError for missing or damaged shards, and for 2^30 users or more.
     """
-    folders, manifests = _splits(data)
+    folders, manifests = _splits(data, train)
     events: dict[str, list[np.ndarray]] = {name: [] for name in ("user", "time", "item", "action")}
     asked: list[tuple[np.ndarray, np.ndarray]] = []  # user and first moment of every row, split after split
     for folder, manifest in zip(folders, manifests, strict=True):
@@ -67,13 +68,14 @@ def build_history(data: Path, out: Path) -> HistoryManifest:
     return manifest
 
 
-def is_history_of(data: Path, history: Path) -> bool:
-    """Whether a history was made of the shards that are in the data folder now. Raises: DataError when it cannot be read."""
-    return set(HistoryManifest.load(history).splits) == {manifest.fingerprint for manifest in _splits(data)[1]}
+def is_history_of(history: Path, data: Path, train: Path | None = None) -> bool:
+    """Whether a history was made of the shards that are there now. Raises: DataError when it cannot be read."""
+    return set(HistoryManifest.load(history).splits) == {manifest.fingerprint for manifest in _splits(data, train)[1]}
 
 
-def _splits(data: Path) -> tuple[list[Path], list[ShardManifest]]:
-    folders = [data / "shards" / split for split in SPLITS if (data / "shards" / split / "manifest.json").exists()]
+def _splits(data: Path, train: Path | None) -> tuple[list[Path], list[ShardManifest]]:
+    places = {split: data / "shards" / split for split in SPLITS} | ({"train": train} if train else {})
+    folders = [folder for folder in places.values() if (folder / "manifest.json").exists()]
     return folders, [ShardManifest.parse((folder / "manifest.json").read_bytes(), str(folder)) for folder in folders]
 
 

@@ -14,7 +14,7 @@ from gpr_dist.data.loader import LoaderConfig
 from gpr_dist.data.past import PastItems
 from gpr_dist.data.reader import ShardReader
 from gpr_dist.decoding.beam_search import Softmax
-from gpr_dist.errors import ConfigError
+from gpr_dist.errors import ConfigError, DataError
 from gpr_dist.evaluation.validate import ValidationConfig
 from gpr_dist.model.gpr import GPRConfig
 from gpr_dist.model.knowledge import KnowledgeConfig
@@ -136,8 +136,15 @@ def prepare_history(model: GPRConfig, data: DataConfig) -> None:
     history = history_folder(data)
     if not model.pointer.width or history is None:
         return
-    if not (history / "history.json").exists() or (data.history is None and not is_history_of(data.folder, history)):
-        build_history(data.folder, history)
+    known = (history / "history.json").exists()
+    if data.shards and "://" in data.shards:
+        if not known:
+            raise DataError(f"the history of {data.shards} can only be collected where these shards are a folder; do that, and name it "
+                            "by data.history, or set data.history_events=0")
+        return
+    train = Path(data.shards) if data.shards else None
+    if not known or (data.history is None and not is_history_of(history, data.folder, train)):
+        build_history(data.folder, history, train)
 
 
 def history_folder(config: DataConfig) -> Path | None:

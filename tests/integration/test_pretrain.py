@@ -3,11 +3,14 @@
 import contextlib
 import shutil
 
+import pytest
 import yaml
+from documents import ROOT
 from pretrain_runs import NUM_STEPS, Pretraining, logged_losses, run_pretraining
 
 from gpr_dist.config import load_config
-from gpr_dist.job import PretrainConfig
+from gpr_dist.errors import DataError
+from gpr_dist.job import PretrainConfig, prepare_history
 from gpr_dist.schema import ShardManifest
 from gpr_dist.training.tracker import Tracker, TrackerConfig, read_metrics
 
@@ -44,7 +47,10 @@ def test_training_without_a_validation_split(tiny, tmp_path):
     shutil.copytree(tiny / "data", data, ignore=shutil.ignore_patterns("shards"))
     overrides = [f"data.folder={data}", f"data.shards=file://{tiny}/data/shards/train", f"run.folder={tmp_path}/runs", "run.name=r",
                  "train.schedule.num_steps=2", "train.schedule.warmup_steps=1"]
-    job = run_pretraining(job_folder, overrides, launcher="python")
+    config = load_config(PretrainConfig, ROOT / "configs/pretrain.yaml", overrides)
+    with pytest.raises(DataError, match=r"data\.history_events=0"):  # older events are collected from folders only
+        prepare_history(config.model, config.data)
+    job = run_pretraining(job_folder, [*overrides, "data.history_events=0"], launcher="python")
     assert f"no validation: {data}/shards/validation does not exist" in job.stderr
     run = tmp_path / "runs" / "r"
     assert list(logged_losses(run)) == [1, 2] and not (run / "popularity.npy").exists()

@@ -138,9 +138,9 @@ EVERYTHING = Eligibility([np.arange(NUM_ITEMS, dtype=np.int32)] * 5, np.arange(N
 def test_a_history_of_other_shards_or_an_altered_one_is_refused(tmp_path):
     _, manifests = write_shards(tmp_path)
     manifest = build_history(tmp_path, tmp_path / "history")
-    assert is_history_of(tmp_path, tmp_path / "history")
+    assert is_history_of(tmp_path / "history", tmp_path)
     shutil.copytree(tmp_path / "shards" / "train", tmp_path / "fewer" / "shards" / "train")
-    assert not is_history_of(tmp_path / "fewer", tmp_path / "history")
+    assert not is_history_of(tmp_path / "history", tmp_path / "fewer")
     with pytest.raises(DataError, match="made for the shards"):
         UserHistory(tmp_path / "history", manifests["train"].model_copy(update={"num_rows": 7}), 8)
     file = tmp_path / "history" / manifest.files["item"]
