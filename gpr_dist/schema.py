@@ -274,7 +274,7 @@ class Batch:
     target_offset_NLV: Tensor | None = None  # float32, added to the logits; -inf = not legal (gpr_dist/data/legal.py); None = all codes
     target_column_N: Tensor | None = None  # int64 into candidates
     candidates: Candidates | None = None  # of the item head; None = the model has none
-    noise_T: Tensor | None = None  # int64 key of each token and step for dropout; None = not for training
+    noise_T: Tensor | None = None  # int64 key of each token and step for dropout; None = nothing is dropped
     knowledge_BmE: Tensor | None = None  # float32 [B, m, E], external knowledge of each row's user, 0 = none; None = the shards have none
     past_offsets_B1: Tensor | None = None  # int64, row b's user has the events offsets[b]:offsets[b+1] older than the row; None = unknown
     past_item_X: Tensor | None = None  # int64

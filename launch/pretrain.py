@@ -104,7 +104,7 @@ def main() -> int:
     candidates = open_item_candidates(engine, config, semantic_ids, eligibility)
     past = open_past(config.model, config.data, semantic_ids, eligibility)
     loader = build_loader(train_shards(config.data), config.data.loader, World(rank, world_size), semantic_ids.codes_NL,
-                          config.model.num_mtp_heads, legal, config.data.knowledge, candidates, past)
+                          config.model.num_mtp_heads, legal, config.data.knowledge, candidates, past, config.model.drops)
     objective = mtp_objective(config.model.num_mtp_heads, config.value_loss_weight, config.head_weights,
                               item_loss_weight=config.item_loss_weight)
     validate = open_validation(engine, config, semantic_ids, eligibility, objective, legal, candidates, past)

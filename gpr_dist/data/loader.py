@@ -231,12 +231,13 @@ class OnePass:
 
 def build_loader(folder: str | Path, config: LoaderConfig, world: World, codes_ML: np.ndarray, num_heads: int,
                  legal: LegalCodes | None = None, knowledge: Path | None = None, candidates: ItemCandidates | None = None,
-                 past: PastItems | None = None) -> Loader:
+                 past: PastItems | None = None, keyed: bool = False) -> Loader:
     """Open a split (path or URI) for training.
 
     Args: codes_ML: semantic ID of each catalogue item, [num_items, L]; num_heads: MTP heads; legal: adds what the training softmax runs
         over (none = all codes); knowledge: folder of external knowledge (none = batches have none); candidates: of the item head (none =
-        the model has none); past: finds what requests may repeat (none = the model has no pointer).
+        the model has none); past: finds what requests may repeat (none = the model has no pointer); keyed: batches have
+        keys for dropout (`GPRConfig.drops`), which cost a third of making a batch.
     Raises: ConfigError for sizes that do not fit; DataError for a damaged or empty split, or codes or knowledge of other data.
     """
     sampling = build_sampling(config.seed, config.global_batch_size, world.size, config.micro_batch_tokens, config.num_streams,
@@ -245,7 +246,7 @@ def build_loader(folder: str | Path, config: LoaderConfig, world: World, codes_M
     if reader.manifest.num_rows == 0:
         raise DataError(f"{folder} has no journeys; check the time cut-offs of the build")
     _check_codes(reader, codes_ML)
-    make_batch = _batch_maker(reader, codes_ML, num_heads, legal, knowledge, candidates, past, config, counted=True)
+    make_batch = _batch_maker(reader, codes_ML, num_heads, legal, knowledge, candidates, past, config, True, keyed)
     return Loader(reader, sampling, world, make_batch, config.prefetch_steps, config.read_threads, config.pack_threads)
 
 
@@ -255,12 +256,13 @@ def iter_once(folder: str | Path, config: LoaderConfig, world: World, codes_ML: 
     """Open a split for one deterministic pass, each row on exactly one rank; `max_rows`: only the first so many rows."""
     reader = ShardReader(folder, config.verify, config.on_corrupt, config.cache_dir)
     _check_codes(reader, codes_ML)
-    make_batch = _batch_maker(reader, codes_ML, num_heads, legal, knowledge, candidates, past, config, counted=False)
+    make_batch = _batch_maker(reader, codes_ML, num_heads, legal, knowledge, candidates, past, config, False, False)
     return OnePass(reader, world, make_batch, config.micro_batch_tokens, max_rows)
 
 
 def _batch_maker(reader: ShardReader, codes_ML: np.ndarray, num_heads: int, legal: LegalCodes | None, knowledge: Path | None,
-                 candidates: ItemCandidates | None, past: PastItems | None, config: LoaderConfig, counted: bool) -> MakeBatch:
+                 candidates: ItemCandidates | None, past: PastItems | None, config: LoaderConfig, counted: bool,
+                 keyed: bool) -> MakeBatch:
     num_features = len(reader.manifest.user_features), len(reader.manifest.env_features)
     history = None if past is None else past.open_history(reader.manifest)
     vectors = None if knowledge is None else KnowledgeVectors(knowledge, reader.manifest, config.verify)
@@ -269,7 +271,7 @@ def _batch_maker(reader: ShardReader, codes_ML: np.ndarray, num_heads: int, lega
         batch = collate(journeys, rows, codes_ML, num_heads, *num_features, reader.locate)
         if vectors is not None:
             batch.knowledge_BmE = vectors.gather(rows)
-        if draw is not None:
+        if keyed:
             batch.noise_T = _noise_keys(batch, config.seed * 1_000_000_007 + draw)
         if candidates is not None:
             batch = candidates.add_to(batch, draw or 0)

@@ -54,6 +54,11 @@ class GPRConfig(Config):
     num_env_features: int = 0
     """categorical fields of an E token (from the shards)"""
 
+    @property
+    def drops(self) -> bool:
+        """Whether any part has dropout, so that batches need keys for it."""
+        return self.embedding.dropout + self.items.dropout + self.items.head_dropout + self.hsd.dropout + self.ptd.head_dropout > 0
+
     @model_validator(mode="after")
     def _check(self) -> "GPRConfig":
         problems = []

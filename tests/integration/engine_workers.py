@@ -213,7 +213,7 @@ def fit_tiny(data: str, run: str, until: int, total: int = 8, zero_stage: int = 
     engine = Engine(GPR(config), EngineConfig(zero_stage=zero_stage, precision=precision, timeout_seconds=TIMEOUT_S))
     torch.manual_seed(1000 + rank)
     loader = build_loader(folder / "shards" / "train", LoaderConfig(global_batch_size=64, micro_batch_tokens=512), World(rank, world_size),
-                          semantic_ids.codes_NL, config.num_mtp_heads, candidates=candidates)
+                          semantic_ids.codes_NL, config.num_mtp_heads, candidates=candidates, keyed=config.drops)
     restored = checkpoint.load_latest(engine, run_folder, {"tokenizer": semantic_ids.codebook_fingerprint})
     progress = Progress(**restored.state["progress"]) if restored else Progress()
     if restored:

@@ -262,3 +262,9 @@ def test_an_exception_comes_in_its_place_and_ends_all_threads(depth):
     assert not threads_named("pack")
     with pytest.raises(StopIteration):
         next(results)
+
+
+def test_keys_for_dropout_are_made_where_they_are_asked_for(folder):
+    with_keys, without = (next(iter(build_loader(folder, CONFIG, World(), CODES, 4, keyed=keyed))).micro_batches for keyed in (True, False))
+    assert all(len(batch.noise_T.unique()) == batch.num_tokens for batch in with_keys)
+    assert all(batch.noise_T is None for batch in without)

@@ -1,13 +1,11 @@
 """Decoding benchmark: lawful catalogues and prefix tables, results counted honestly, ours beside brute force, absent peers named."""
 
-import importlib
 import itertools
 import json
-import sys
 
 import pytest
 import torch
-from documents import ROOT
+from documents import launch_module
 
 from gpr_dist.config import load_config
 from gpr_dist.errors import ConfigError, GPRError
@@ -16,20 +14,13 @@ SETTINGS = {"seed": 3, "num_levels": 3, "codebook_size": 4, "items": [20], "beam
 
 
 @pytest.fixture(scope="module")
-def launch():
-    sys.path.insert(0, str(ROOT / "launch"))
-    yield importlib.import_module
-    sys.path.remove(str(ROOT / "launch"))
+def bench():
+    return launch_module("bench_decode")
 
 
 @pytest.fixture(scope="module")
-def bench(launch):
-    return launch("bench_decode")
-
-
-@pytest.fixture(scope="module")
-def peers(launch):
-    return launch("bench_decode_peers")
+def peers():
+    return launch_module("bench_decode_peers")
 
 
 def tiny(bench, **settings):

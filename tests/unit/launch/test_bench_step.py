@@ -1,12 +1,10 @@
 """Step benchmark: lawful journeys, parts that are the step, rates that follow from what was measured, peers named when absent."""
 
-import importlib
 import json
-import sys
 
 import pytest
 import torch
-from documents import ROOT
+from documents import launch_module
 
 from gpr_dist.config import load_config
 from gpr_dist.errors import ConfigError
@@ -19,20 +17,13 @@ SETTINGS = {"seed": 0, "precision": "fp32", "threads": 1}
 
 
 @pytest.fixture(scope="module")
-def launch():
-    sys.path.insert(0, str(ROOT / "launch"))
-    yield importlib.import_module
-    sys.path.remove(str(ROOT / "launch"))
+def bench():
+    return launch_module("bench_step")
 
 
 @pytest.fixture(scope="module")
-def bench(launch):
-    return launch("bench_step")
-
-
-@pytest.fixture(scope="module")
-def ours(launch):
-    return launch("bench_step_ours")
+def ours():
+    return launch_module("bench_step_ours")
 
 
 def test_journeys_have_the_size_asked_for_and_every_request_is_a_target(ours):
@@ -103,12 +94,12 @@ def test_sampled_softmax_is_the_one_over_fetched_vectors(ours):
     assert float(found) == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
 
 
-def test_our_full_softmax_is_the_peers(ours, launch):
+def test_our_full_softmax_is_the_peers(ours):
     torch.manual_seed(0)
     state, table = (torch.randn(rows, 4, dtype=torch.float64, requires_grad=True) for rows in (7, 10))
     item = torch.randint(1, 10, (7,))
     losses = [loss(torch.nn.functional.normalize(state, dim=1), table, item)
-              for loss in (ours.chunked_softmax, launch("bench_step_peers").full_softmax)]
+              for loss in (ours.chunked_softmax, launch_module("bench_step_peers").full_softmax)]
     found, expected = ((loss, *torch.autograd.grad(loss, (state, table))) for loss in losses)
     assert all(torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-6) for a, b in zip(found, expected, strict=True))
 

@@ -14,6 +14,7 @@ from gpr_dist.data.candidates import CandidatesConfig, ItemCandidates
 from gpr_dist.data.eligibility import Eligibility
 from gpr_dist.errors import ConfigError
 from gpr_dist.hashing import row_keys
+from gpr_dist.model.gpr import GPRConfig
 from gpr_dist.model.items import ItemsConfig, item_rows
 from gpr_dist.schema import EVERY_AD, Candidates
 
@@ -127,3 +128,10 @@ def test_settings_that_leave_rows_without_a_use_are_refused():
     with pytest.raises(ConfigError, match="without a use"):
         build_config(ItemsConfig, {"buckets": 8, "input": False, "head": "tied"}, "test")
     assert isinstance(with_items(random_batch(0)).to("cpu").candidates, Candidates)
+
+
+@pytest.mark.parametrize("part", [{"embedding": {"dropout": 0.1}}, {"hsd": {"dropout": 0.1}}, {"ptd": {"head_dropout": 0.1}},
+                                  {"items": {"buckets": 8, "dropout": 0.1}}, {"items": {"buckets": 8, "head_dropout": 0.1}}])
+def test_a_model_with_any_dropout_says_so(part):
+    """launch/pretrain.py asks for keys by it; without keys the masks would depend on the rank."""
+    assert build_config(GPRConfig, part).drops and not GPRConfig().drops
