@@ -134,4 +134,4 @@ def test_settings_that_leave_rows_without_a_use_are_refused():
                                   {"items": {"buckets": 8, "dropout": 0.1}}, {"items": {"buckets": 8, "head_dropout": 0.1}}])
 def test_a_model_with_any_dropout_says_so(part):
     """launch/pretrain.py asks for keys by it; without keys the masks would depend on the rank."""
-    assert build_config(GPRConfig, part).drops and not GPRConfig().drops
+    assert build_config(GPRConfig, part, "test").drops and not GPRConfig().drops
