@@ -1,19 +1,17 @@
-"""launch/pretrain.py: who counts popularity, and when nobody does."""
+"""Around a training job's loop: who counts popularity, and when nobody does."""
 
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from documents import launch_module
 from journeys_fixture import NUM_ITEMS, random_journeys, write_split
 
+from gpr_dist import start
 from gpr_dist.data.eligibility import Eligibility
 from gpr_dist.job import PretrainConfig
 from gpr_dist.tokenizer.config import TokenizerConfig
 from gpr_dist.tokenizer.fit import fit_tokenizer
-
-pretrain = launch_module("pretrain")
 
 
 @pytest.fixture
@@ -23,20 +21,21 @@ def opened(tmp_path, monkeypatch):
     semantic_ids = fit_tokenizer(embeddings, TokenizerConfig(codebook_size=8, device="cpu"), "c0ffee")
     eligibility = Eligibility([], np.arange(NUM_ITEMS, dtype=np.int32), NUM_ITEMS)
     config = PretrainConfig(data={"folder": tmp_path / "data"}, run={"folder": tmp_path / "runs", "name": "r"})
-    count, done = pretrain.save_popularity, []
-    monkeypatch.setattr(pretrain, "save_popularity", lambda *arguments: (done.append("counted"), count(*arguments)))
+    count, done = start.save_popularity, []
+    monkeypatch.setattr(start, "save_popularity", lambda *arguments: (done.append("counted"), count(*arguments)))
 
     def together(action, only_if):
         done.append("waited")
         if only_if:
             action()
 
-    monkeypatch.setattr(pretrain, "together", together)
+    monkeypatch.setattr(start, "together", together)
 
     def call(rank):
         engine = SimpleNamespace(rank=rank, world_size=2, device="cpu", all_reduce=None)
         done.clear()
-        return pretrain.open_validation(engine, config, semantic_ids, eligibility, None, None), tuple(done)
+        job = start.Job(config, {}, semantic_ids, engine, eligibility, None, None, None, None)
+        return start.open_validation(job, None), tuple(done)
 
     return call
 
