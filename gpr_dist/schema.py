@@ -284,6 +284,8 @@ class Batch:
     copy_request_M: Tensor | None = None  # int64 ascending: pairs (request, event) that may be repeated (data/past.py); None = no pointer
     copy_source_M: Tensor | None = None  # int64, a token, or T + an older event
     target_copy_NL2: Tensor | None = None  # int64, the pairs begin:end that repeat the target's first l codes
+    target_time_N: Tensor | None = None  # int64, seconds, of the target ad itself: for head j >= 1 later than its request
+    target_weight_N: Tensor | None = None  # float32, how much a target counts in the loss of codes and items (VAFT); None = 1
 
     @property
     def num_rows(self) -> int:

@@ -160,7 +160,8 @@ def collate(journeys: JourneyColumns, row_ids_B: np.ndarray, codes_ML: np.ndarra
         target_head_N=tensor(target_head), target_item_N=tensor(_take(g["ad_item"], target_ad)),
         target_codes_NL=tensor(_take(_take(codes_ML, g["ad_item"]).astype(np.int64), target_ad)),
         target_action_N=tensor(_take(g["ad_action"], target_ad)), target_value_N=tensor(_take(g["ad_value"], target_ad)),
-        target_pctr_N=tensor(_take(g["ad_pctr"], target_ad)), target_pcvr_N=tensor(_take(g["ad_pcvr"], target_ad)))
+        target_pctr_N=tensor(_take(g["ad_pctr"], target_ad)), target_pcvr_N=tensor(_take(g["ad_pcvr"], target_ad)),
+        target_time_N=tensor(_take(g["ad_timestamp"], target_ad)))
 
 
 def _split(journeys: JourneyColumns) -> dict[str, np.ndarray]:

@@ -106,7 +106,8 @@ class Items(nn.Module):
         group_r = None if candidates.group_R is None else candidates.group_R[asked]
         weight_CD, bias_C = self._outputs(candidates.item_C, code_CD)
         return item_nll(state_RD.index_select(0, asked), weight_CD, bias_C, torch.searchsorted(asked, request_N), column_N,
-                        candidates.offset_C, candidates.legal_GC, group_r)
+                        candidates.offset_C, candidates.legal_GC, group_r,
+                        weight_N=None if batch.target_weight_N is None else batch.target_weight_N[is_first_N])
 
     @torch.no_grad()
     def _rank(self, state_RD: Tensor, candidates: Candidates, legal_GC: Tensor, group_R: Tensor, code_CD: Tensor | None, k: int,

@@ -1,4 +1,4 @@
-"""Stage 1: multi-token prediction (GPR Eq. 3), and the value regression that trains the HTE beside it. Pure functions."""
+"""Multi-token prediction (GPR Eq. 3, and Eq. 4 with weights), and the value regression that trains the HTE beside it. Pure functions."""
 
 import torch
 import torch.nn.functional as F
@@ -7,10 +7,10 @@ from torch import Tensor
 # N targets (request, head, ad)  P MTP heads  L levels  V codes per level
 
 
-def mtp_loss(nll_NL: Tensor, head_N: Tensor, head_weight_P: Tensor, num_targets: float) -> Tensor:
-    """Multi-token prediction loss (GPR, arXiv 2511.10138, Eq. 3).
+def mtp_loss(nll_NL: Tensor, head_N: Tensor, head_weight_P: Tensor, num_targets: float, weight_N: Tensor | None = None) -> Tensor:
+    """Multi-token prediction loss (GPR, arXiv 2511.10138, Eq. 3); with weights per target the value-aware one (Eq. 4).
 
-        loss = sum_n sum_l head_weight[head_n] * nll_nl / num_targets
+        loss = sum_n sum_l head_weight[head_n] * weight_n * nll_nl / num_targets
 
     Args:
         nll_NL: -log p of every true code (`ops.cross_entropy.code_nll`); nats.
@@ -18,13 +18,15 @@ def mtp_loss(nll_NL: Tensor, head_N: Tensor, head_weight_P: Tensor, num_targets:
         head_weight_P: simplex over heads, sums to 1.
         num_targets: head-0 targets of the whole step, over all ranks and micro-batches, so that the result does not depend on the
             split; times the share that is drawn when targets are sampled.
+        weight_N: w^V of each target (objectives/vaft.py); none = 1, which gives the same bits as a tensor of ones.
     Returns: this micro-batch's share of the step loss, nats per ad; 0 without targets. The shares of a step sum to its loss.
     Raises: ValueError if num_targets is not positive.
     Differs from the paper: divided by num_targets (the paper sums); PAPER.md.
     """
     if num_targets <= 0:
         raise ValueError(f"num_targets must be positive, got {num_targets}; a step without targets should not reach the loss")
-    return (head_weight_P[head_N] * nll_NL.sum(1)).sum() / num_targets
+    weight_of_N = head_weight_P[head_N] if weight_N is None else head_weight_P[head_N] * weight_N
+    return (weight_of_N * nll_NL.sum(1)).sum() / num_targets
 
 
 def value_loss(values_NL1: Tensor, value_N: Tensor, head_N: Tensor, head_weight_P: Tensor, num_targets: float) -> Tensor:
@@ -44,7 +46,7 @@ def refining_loss(refining_N: Tensor, head_N: Tensor, head_weight_P: Tensor, num
 
 
 def item_loss(item_nll: Tensor, num_targets: float) -> Tensor:
-    """Softmax over items at the prediction sites, nats per ad (`ops.cross_entropy.item_nll` is the sum over this micro-batch's ads)."""
+    """Softmax over items at the prediction sites, nats per ad (`ops.cross_entropy.item_nll` is this micro-batch's weighted sum)."""
     return item_nll / num_targets
 
 

@@ -60,13 +60,14 @@ def nll_of_logits(logits_NLV: Tensor, codes_NL: Tensor, offset_NLV: Tensor | Non
 
 
 def item_nll(state_RD: Tensor, weight_CD: Tensor, bias_C: Tensor, request_N: Tensor, column_N: Tensor, offset_C: Tensor | None = None,
-             legal_GC: Tensor | None = None, group_R: Tensor | None = None, chunk_bytes: int | None = None) -> Tensor:
+             legal_GC: Tensor | None = None, group_R: Tensor | None = None, chunk_bytes: int | None = None,
+             weight_N: Tensor | None = None) -> Tensor:
     """Sum of -log p of the true items, nats; the softmax over the candidates is float32 (float64 for float64 states).
 
         s_rc = state_r · weight_c + bias_c;   nll_n = log sum_c exp(s_rc + offset_c) - s_rn,   c legal or one of the request's targets
 
     Gradients are made in the forward pass, chunk by chunk, so that neither logits nor probabilities of all requests are ever held, and
-    no product is computed twice. That is why it returns one sum: a weight per target would have to be known here.
+    no product is computed twice. That is why it returns one sum, and must know a weight per target.
 
     Args:
         request_N, column_N: int64, request and candidate of every target.
@@ -74,13 +75,14 @@ def item_nll(state_RD: Tensor, weight_CD: Tensor, bias_C: Tensor, request_N: Ten
             the log); -inf = not drawn. It does not apply to a request's own targets, which are certain. None = 0.
         legal_GC, group_R: candidates each request's eligibility group allows; own targets are always allowed. None = all.
         chunk_bytes: float32 logits held at once.
+        weight_N: of each target in the sum, without gradient; None = 1.
     """
     if chunk_bytes is None:  # what a core's cache holds; a GPU wants large products
         chunk_bytes = 1 << 23 if state_RD.device.type == "cpu" else LOSS_CHUNK_BYTES
     order_N = request_N.argsort(stable=True)
     rows = max(1, chunk_bytes // (4 * max(1, len(weight_CD))))
     return _ItemNLL.apply(state_RD, weight_CD, bias_C, request_N[order_N], column_N[order_N], offset_C, legal_GC, group_R, rows,
-                          torch.is_grad_enabled())
+                          torch.is_grad_enabled(), None if weight_N is None else weight_N[order_N])
 
 
 class _ItemNLL(torch.autograd.Function):
@@ -88,7 +90,8 @@ class _ItemNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, state_RD: Tensor, weight_CD: Tensor, bias_C: Tensor, request_N: Tensor, column_N: Tensor,
-                offset_C: Tensor | None, legal_GC: Tensor | None, group_R: Tensor | None, rows: int, with_gradient: bool) -> Tensor:
+                offset_C: Tensor | None, legal_GC: Tensor | None, group_R: Tensor | None, rows: int, with_gradient: bool,
+                weight_N: Tensor | None) -> Tensor:
         exact = torch.float64 if state_RD.dtype == torch.float64 else torch.float32
         ends = torch.searchsorted(request_N, torch.arange(0, len(state_RD) + rows, rows, device=request_N.device)).tolist()
         total = state_RD.new_zeros((), dtype=exact)
@@ -113,10 +116,11 @@ class _ItemNLL(torch.autograd.Function):
             else:
                 p_rC = logits_rC.softmax(1)
                 log_sum_r = logits_rC.amax(1) - p_rC.amax(1).log()  # the largest probability is at least 1/C
-                targets_r = torch.bincount(request_n, minlength=len(state_rD))
-                if bool((targets_r != 1).any()):
-                    p_rC *= targets_r[:, None]
-                p_rC.index_put_((request_n, column_n), -torch.ones_like(own_n), accumulate=True)
+                weight_n = torch.ones_like(own_n) if weight_N is None else weight_N[of_chunk].to(exact)
+                weight_r = own_n.new_zeros(len(state_rD)).index_add_(0, request_n, weight_n)
+                if bool((weight_r != 1).any()):
+                    p_rC *= weight_r[:, None]
+                p_rC.index_put_((request_n, column_n), -weight_n, accumulate=True)
                 d_bias_C += p_rC.sum(0)
                 d_logits_rC = p_rC.to(state_RD.dtype)
                 d_state_RD[lo:lo + rows] = d_logits_rC @ weight_CD
@@ -124,11 +128,12 @@ class _ItemNLL(torch.autograd.Function):
                     d_weight_CD.addmm_(d_logits_rC.T, state_rD)
                 else:
                     d_weight_CD += d_logits_rC.T @ state_rD  # bf16 would lose what later chunks add
-            total += (log_sum_r[request_n] - own_n).sum()
+            nll_n = log_sum_r[request_n] - own_n
+            total += (nll_n if weight_N is None else weight_N[of_chunk] * nll_n).sum()
         if with_gradient:
             ctx.save_for_backward(d_state_RD, d_weight_CD.to(weight_CD.dtype), d_bias_C.to(bias_C.dtype))
         return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(gradient.to(d.dtype) * d for d in ctx.saved_tensors), *[None] * 7)
+        return (*(gradient.to(d.dtype) * d for d in ctx.saved_tensors), *[None] * 8)

@@ -13,7 +13,7 @@ from gpr_dist.training.loop import LossShare, Objective
 def mtp_objective(num_heads: int, value_loss_weight: float, head_weights: tuple[float, ...] | None = None,
                   refining_loss_weight: float = 0.1, item_loss_weight: float = 0.0) -> Objective:
     """Multi-token prediction (GPR Eq. 3, head weights uniform if none), plus the weighted losses of values, refining token, items and
-    router.
+    router. Batches with `target_weight_N` make it the value-aware loss (Eq. 4): codes and items are weighted, the rest is not.
 
     The router's loss is a mean over the tokens of a micro-batch that counts by its targets: the one part that depends on the split.
     """
@@ -24,7 +24,7 @@ def mtp_objective(num_heads: int, value_loss_weight: float, head_weights: tuple[
         output = engine(batch)
         nll_NL, head_N = output.nll_NL, batch.target_head_N
         value = value_loss(output.values_NL1, batch.target_value_N, head_N, weight_P, num_targets)
-        loss = mtp_loss(nll_NL, head_N, weight_P, num_targets) + value_loss_weight * value
+        loss = mtp_loss(nll_NL, head_N, weight_P, num_targets, batch.target_weight_N) + value_loss_weight * value
         if output.refining_N is not None:
             loss = loss + refining_loss_weight * refining_loss(output.refining_N, head_N, weight_P, num_targets)
         item = value.new_zeros(())
