@@ -32,7 +32,7 @@ from gpr_dist.evaluation.rankings import Ranker, Requests
 from gpr_dist.evaluation.report import build_report, format_text
 from gpr_dist.evaluation.report_page import report_page
 from gpr_dist.evaluation.segments import target_features
-from gpr_dist.evaluation.trained import check_knowledge, find_checkpoint, load_model
+from gpr_dist.evaluation.trained import check_knowledge, load_model
 from gpr_dist.evaluation.validate import Catalogue, ValidationConfig, has_targets, open_catalogue
 from gpr_dist.evaluation.values import Values, calibrate, format_values, measure_values, predict_values
 from gpr_dist.job import DataConfig, open_past, prepare_history, split_shards
@@ -85,7 +85,7 @@ class EvaluateConfig(Config):
 
 def main() -> int:
     config, args = parse_cli(EvaluateConfig, __doc__)
-    folder = find_checkpoint(config.checkpoint, config.best)
+    folder = checkpoint.find_checkpoint(config.checkpoint, config.best)
     state = checkpoint.read_state(folder)
     trained = build_config(DataConfig, state["config"]["data"], str(folder))
     data = trained if is_trained_data(config, trained) else DataConfig(folder=config.data, history_events=trained.history_events)

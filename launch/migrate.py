@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from evaluate import find_checkpoint
 from pydantic import Field
 
 from data_pipeline.tokenize_items import common_items
@@ -56,7 +55,7 @@ class MigrateConfig(Config):
 def main() -> None:
     config, args = parse_cli(MigrateConfig, __doc__)
     started = time.perf_counter()
-    source = find_checkpoint(config.checkpoint)
+    source = checkpoint.find_checkpoint(config.checkpoint)
     state = checkpoint.read_state(source)
     trained = build_config(DataConfig, state["config"]["data"], f"{source}/state.json")
     old, new = open_bundles(config, source, state["fingerprints"]["tokenizer"], trained)

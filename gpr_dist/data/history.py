@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import xxhash
 
+from gpr_dist.data.arrays import open_array
 from gpr_dist.errors import DataError
-from gpr_dist.schema import HistoryManifest, ShardManifest, file_checksum
+from gpr_dist.schema import HistoryManifest, ShardManifest
 
 # B rows  X events of all rows
 
@@ -32,9 +32,13 @@ class UserHistory:
         if rows is None:
             known = ", ".join(f"{entry.split} {fingerprint}" for fingerprint, entry in manifest.splits.items())
             raise DataError(f"{folder} was made for the shards {known}, not for {split.split} {split.fingerprint}; {_REMAKE}")
-        check = verify != "never"
-        self._rows_B2 = self._open(rows.file, (split.num_rows, 2), check)
-        self._columns = {name: self._open(file, (manifest.num_events,), check) for name, file in manifest.files.items()}
+
+        def opened(name: str, shape: tuple[int, ...]) -> np.ndarray:  # a file is named by its checksum
+            checksum = Path(name).stem.rpartition("-")[2] if verify != "never" else None
+            return open_array(self.folder / name, shape, ("i", "u"), _REMAKE, checksum)
+
+        self._rows_B2 = opened(rows.file, (split.num_rows, 2))
+        self._columns = {name: opened(file, (manifest.num_events,)) for name, file in manifest.files.items()}
 
     def gather(self, rows: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """(offsets int64 [B + 1], item, time and action int64 [X]) of these rows of the split, oldest event first."""
@@ -43,17 +47,3 @@ class UserHistory:
         offsets = np.concatenate([[0], np.cumsum(end - first)])
         index = np.arange(offsets[-1]) + np.repeat(first - offsets[:-1], end - first)
         return offsets, {name: column[index].astype(np.int64) for name, column in self._columns.items()}
-
-    def _open(self, name: str, shape: tuple[int, ...], check: bool) -> np.ndarray:
-        path = self.folder / name
-        try:
-            if check and f"-{file_checksum(path, xxhash.xxh3_64)}.npy" not in name:
-                raise DataError(f"{path} was altered; {_REMAKE}")
-            array = np.load(path, mmap_mode="r" if np.prod(shape) else None, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"{path} cannot be read ({error}); {_REMAKE}") from None
-        if array.shape != shape or array.dtype.kind not in "iu":
-            raise DataError(f"{path} is {array.dtype} {array.shape}, expected whole numbers of shape {shape}; {_REMAKE}")
-        return array

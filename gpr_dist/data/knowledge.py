@@ -12,8 +12,9 @@ import torch
 import xxhash
 from torch import Tensor
 
+from gpr_dist.data.arrays import open_array
 from gpr_dist.errors import DataError
-from gpr_dist.schema import KnowledgeManifest, ShardManifest, file_checksum
+from gpr_dist.schema import KnowledgeManifest, ShardManifest
 
 # B rows  m vectors  E their width
 
@@ -35,10 +36,11 @@ class KnowledgeVectors:
             raise DataError(f"{folder} was made for the shards {known}, not for {split.split} {split.fingerprint}; {_REMAKE}")
         shape = (self.manifest.num_texts, self.manifest.num_vectors, self.manifest.width)
         check = verify != "never"
-        self._rows = self._open(rows.file, (split.num_rows,), "i8", rows.checksum if check else None)
-        self._vectors = self._open(self.manifest.vectors, shape, "f")
         num_blocks = -(-shape[0] // self.manifest.block_rows)
-        self._blocks = self._open(self.manifest.blocks, (num_blocks,), "u8", self.manifest.blocks_checksum if check else None)
+        self._rows = open_array(self.folder / rows.file, (split.num_rows,), ("i8",), _REMAKE, rows.checksum if check else None)
+        self._vectors = open_array(self.folder / self.manifest.vectors, shape, ("f",), _REMAKE)
+        self._blocks = open_array(self.folder / self.manifest.blocks, (num_blocks,), ("u8",), _REMAKE,
+                                  self.manifest.blocks_checksum if check else None)
         self._unverified = np.full(num_blocks, check)
 
     def gather(self, rows: np.ndarray) -> Tensor:
@@ -64,17 +66,3 @@ class KnowledgeVectors:
                 raise DataError(f"{self.folder / self.manifest.vectors}: texts {block * size} to {block * size + len(content) - 1} are "
                                 f"damaged; {_REMAKE}")
             self._unverified[block] = False
-
-    def _open(self, name: str, shape: tuple[int, ...], kind: str, checksum: str | None = None) -> np.ndarray:
-        path = self.folder / name
-        try:
-            if checksum is not None and file_checksum(path) != checksum:
-                raise DataError(f"{path} was altered; {_REMAKE}")
-            array = np.load(path, mmap_mode="r" if np.prod(shape) else None, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"{path} cannot be read ({error}); {_REMAKE}") from None
-        if array.shape != shape or kind not in (array.dtype.kind, array.dtype.str[1:]):
-            raise DataError(f"{path} is {array.dtype} {array.shape}, expected shape {shape}; {_REMAKE}")
-        return array

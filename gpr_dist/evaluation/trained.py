@@ -10,23 +10,6 @@ from gpr_dist.schema import KnowledgeManifest
 from gpr_dist.training import checkpoint
 
 
-def find_checkpoint(path: Path, best: bool = False) -> Path:
-    """A step folder as given, or the newest intact one of a run folder, or the one that had validated best when that was saved.
-
-    Raises: CheckpointError when there is none, or it is damaged.
-    """
-    if checkpoint.STEP_FOLDER.fullmatch(path.name):
-        problem = checkpoint.verify(path)
-        if problem:
-            raise CheckpointError(f"{path}: {problem}")
-        return path
-    for folder in reversed(checkpoint.list_steps(path)):
-        if checkpoint.verify(folder) is None:
-            step = checkpoint.read_state(folder)["progress"]["best_step"] if best else None
-            return folder if step is None else find_checkpoint(checkpoint.step_folder(path, step))
-    raise CheckpointError(f"{path} has no complete checkpoint; train first, or give a step folder")
-
-
 def load_model(folder: Path, config: dict[str, Any]) -> GPR:
     """The model of a checkpoint, float32, in evaluation mode."""
     model = GPR(build_config(GPRConfig, config, str(folder)))

@@ -212,15 +212,19 @@ def open_weights(folder: Path, mapped_bytes: int = 1 << 27) -> tuple[dict[str, l
     return shapes, read
 
 
-def find_checkpoint(path: Path) -> Path:
-    """A step folder as given, or the newest intact one of a run folder. Raises: CheckpointError."""
-    is_step = STEP_FOLDER.fullmatch(path.name)
-    for folder in [path] if is_step else reversed(list_steps(path)):
-        problem = verify(folder)
-        if problem is None:
-            return folder
-        if is_step:
+def find_checkpoint(path: Path, best: bool = False) -> Path:
+    """A step folder as given, or the newest intact one of a run folder, or the one that had validated best when that was saved.
+
+    Raises: CheckpointError when there is none, or it is damaged.
+    """
+    if STEP_FOLDER.fullmatch(path.name):
+        if problem := verify(path):
             raise CheckpointError(f"{path}: {problem}")
+        return path
+    for folder in reversed(list_steps(path)):
+        if verify(folder) is None:
+            step = read_state(folder)["progress"]["best_step"] if best else None
+            return folder if step is None else find_checkpoint(step_folder(path, step))
     raise CheckpointError(f"{path} has no complete checkpoint; train first, or give a step folder")
 
 
