@@ -15,7 +15,7 @@ from gpr_dist.config import Config
 from gpr_dist.hashing import row_keys
 from gpr_dist.model.embedding import CodeEmbedding, EmbeddingConfig, TokenEmbedding
 from gpr_dist.model.hsd import HSD, HSDConfig
-from gpr_dist.model.hte import HTE
+from gpr_dist.model.hte import HTE, Critic
 from gpr_dist.model.items import Items, ItemsConfig
 from gpr_dist.model.knowledge import Knowledge, KnowledgeConfig
 from gpr_dist.model.pointer import Copying, Pointer, PointerConfig
@@ -45,6 +45,8 @@ class GPRConfig(Config):
     """external knowledge, read by the code decoder"""
     pointer: PointerConfig = PointerConfig()
     """copying from the user's own past, beside generating"""
+    critic: bool = False
+    """whether the model has the critic of HEPO; launch/hepo.py switches it on"""
     num_levels: int = 3
     """levels L of a semantic ID (from the tokenizer)"""
     codebook_size: int = 256
@@ -79,6 +81,7 @@ class GPROutput:
     refining_N: Tensor | None  # diffusion loss; none without refining
     item_nll: Tensor | None  # sum of -log p(item) over the targets of head 0; none without an item head
     router: Tensor | None  # the router's weighted losses, a mean over the batch's tokens; none without recursion
+    critic_NL: Tensor | None = None  # V before each code, scaled rewards; none without the critic
 
 
 class GPR(nn.Module):
@@ -95,6 +98,7 @@ class GPR(nn.Module):
         self.ptd = PTD(config.width, config.num_mtp_heads, config.num_levels, config.ptd, knowledge)
         self.hte = HTE(config.width, config.num_levels)
         self.pointer = Pointer(config.width, config.num_mtp_heads, config.pointer) if config.pointer.width else None
+        self.critic = Critic(config.width, config.num_levels) if config.critic else None
 
     def forward(self, batch: Batch, task: str = "train", **arguments: Any) -> Any:
         """train → GPROutput of the batch's targets; logits → theirs [N, L, V]; encode → Opening; decode → log p of the next code;
@@ -140,7 +144,8 @@ class GPR(nn.Module):
         if self.config.items.has_head:
             site_RD = opening.intents.hidden_TD.index_select(0, batch.request_token_R)
             item_nll = self.items(site_RD, task="nll", batch=batch, code_CD=self._candidate_codes(batch.candidates))
-        return GPROutput(nll_NL, self.hte(state_NLD, code_NLD), refining_N, item_nll, router)
+        critic_NL = None if self.critic is None else self.critic(state_NLD, code_NLD)
+        return GPROutput(nll_NL, self.hte(state_NLD, code_NLD), refining_N, item_nll, router, critic_NL)
 
     def _candidate_codes(self, candidates: Candidates) -> Tensor | None:
         return self.codes(candidates.codes_CL).sum(1) if self.config.items.head_codes else None

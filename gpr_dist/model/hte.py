@@ -2,7 +2,8 @@
 
 V_l = MLP_l([sg(h_l); Emb_1(z_1) + … + Emb_l(z_l)]), h_l being the decoder state from which z_l was chosen (V_0 sees the first state
 alone). With Emb_l(z_l) only, V_3 explained less than V_1: a state that was trained to predict the next code forgets the value of the
-earlier ones. Everything it reads is detached, so values never disturb the generator. Trained on log1p of the logged value.
+earlier ones. Everything it reads is detached, so values never disturb the generator. Trained on log1p of the logged value. The critic
+of the policy optimisation is a module of its own beside it: it learns other numbers, those of the simulation's rewards.
 """
 
 import torch
@@ -33,3 +34,13 @@ class HTE(nn.Module):
 
     def _value(self, level: int, state_ND: Tensor, prefix_ND: Tensor) -> Tensor:
         return self.levels[level](torch.cat((state_ND, prefix_ND), dim=-1)).float()
+
+
+class Critic(HTE):
+    """V(s), V(s, z_1), … V(s, z_1..L-1) for HEPO (GPR Eq. 10): [N, L] in units of the scaled reward; starts as 0 everywhere."""
+
+    def __init__(self, width: int, num_levels: int) -> None:
+        super().__init__(width, num_levels - 1)
+        for part in (self.root, *self.levels):
+            nn.init.zeros_(part[-1].weight)
+            nn.init.zeros_(part[-1].bias)

@@ -288,6 +288,36 @@ class Engine:
             zero.update_lp_params()
         self.barrier()
 
+    def copy_weights(self) -> list[Tensor]:
+        """What this rank holds of the weights that forwards use (not of the masters behind them): its partitions at stage 3, else all."""
+        return [held.clone() for held in self._held_weights()]
+
+    @contextlib.contextmanager
+    def weights(self, copy: list[Tensor]) -> Iterator[None]:
+        """Compute with other weights for a while, from `copy_weights`; no update and no load meanwhile (collective)."""
+        self._exchange(copy)
+        try:
+            yield
+        finally:
+            self._exchange(copy)
+
+    @torch.no_grad()
+    def _held_weights(self) -> list[Tensor]:
+        held = [p.ds_tensor if self.config.zero_stage == 3 else p for p in self.module.parameters()]
+        return [tensor.detach().view(-1) for tensor in held]
+
+    @torch.no_grad()
+    def _exchange(self, other: list[Tensor]) -> None:
+        zero = self.zero.optimizer
+        if self.config.zero_stage == 3:  # some parameters stay gathered between forwards, and would keep the old values
+            zero.parameter_offload.partition_all_parameters()
+        for held, theirs in zip(self._held_weights(), other, strict=True):
+            before = held.clone()
+            held.copy_(theirs)
+            theirs.copy_(before)
+        if self.config.zero_stage == 3 and zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
     def _materialise_optimizer_state(self) -> None:
         # torch's AdamW makes its state at the first step; a checkpoint may be read or written before it. At stage 3 the optimizer
         # only meets its flat partitions one after another, during step().

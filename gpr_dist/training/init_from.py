@@ -1,7 +1,8 @@
 """Start a job from the weights of another: a checkpoint of any world size, or a hand-off bundle. Weights only, no optimizer state.
 
 Every rank reads the ranges it owns under ZeRO-3, as a resume does. What must agree is checked before anything changes: what the codes
-mean (the tokenizer's codebooks), what knowledge vectors mean, and the model. Data may differ: that is what fine-tuning is for.
+mean (the tokenizer's codebooks), what knowledge vectors mean, and the model. Data may differ: that is what fine-tuning is for. Parts
+that only one kind of job has (the critic) may be missing on either side: they start fresh, or are left behind.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +23,8 @@ from gpr_dist.training.engine import Engine
 # settings that say how the network is computed or trained, not which network it is
 FREE_SETTINGS = frozenset({"hsd.dropout", "embedding.dropout", "items.dropout", "items.head_dropout", "ptd.head_dropout", "hsd.attention",
                            "ptd.attention", "hsd.activation_checkpointing", "hsd.router_balance", "hsd.router_z",
-                           "items.full_softmax_items", "items.num_sampled", "items.num_items"})
+                           "items.full_softmax_items", "items.num_sampled", "items.num_items", "critic"})
+OPTIONAL_PARTS = ("critic.",)
 CHECKED_FINGERPRINTS = ("tokenizer", "knowledge")
 
 
@@ -52,6 +54,8 @@ def init_from(engine: Engine, source: Path, model: GPRConfig, fingerprints: Mapp
     weights = open_weights(source)  # every rank reads the same files, so all of them go on or all of them raise
     check_same_model(weights, model, fingerprints, {name: tuple(shape) for name, shape in engine.shapes.items()}, free)
     for shard in engine.loadable_shards():
+        if shard.name not in weights.shapes:  # an optional part keeps its first values
+            continue
         weights.read(shard.tensors["param"], shard.lo, shard.hi, shard.name)
     engine.finish_loading(0)
     return {"source": str(weights.source), "fingerprints": dict(weights.fingerprints)}
@@ -118,6 +122,8 @@ def check_same_model(weights: InitialWeights, model: GPRConfig, fingerprints: Ma
         raise CheckpointError(f"init_from {weights.source} was trained on {sizes[0]} items, this job has {sizes[1]}, and model.items."
                               f"buckets={buckets} lies between: rows would change their items; start from random weights")
     for name in sorted(weights.shapes.keys() | shapes.keys()):
+        if name.startswith(OPTIONAL_PARTS) and not (name in weights.shapes and name in shapes):
+            continue
         if weights.shapes.get(name) != shapes.get(name):
             raise CheckpointError(f"init_from {weights.source} has {name} of shape {weights.shapes.get(name)}, this job's model has "
                                   f"{shapes.get(name)}; the code that trained it was another version")
