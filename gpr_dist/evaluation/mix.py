@@ -1,18 +1,18 @@
 """A weighted sum of the probabilities of several rankers' lists, with weights chosen on the validation split.
 
-p(item) = sum_c w_c p_c(item), 0 for an item that is not in ranker c's list. The weights come from a grid over the simplex and then from
+The sum itself is decoding/mixture.py's. The weights come from a grid over the simplex and then from
 moving weight between two rankers while that helps: deterministic, and never on the split that is reported.
 """
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from pydantic import Field
 from tqdm import tqdm
 
 from gpr_dist.config import Config
+from gpr_dist.decoding.mixture import Pooled, mix_lists, pool
 from gpr_dist.evaluation.baselines import Ranking
 from gpr_dist.evaluation.journey_log import JourneyLog, ranges
 
@@ -34,46 +34,9 @@ class MixConfig(Config):
     """validation requests that are used, the first ones"""
 
 
-class Pooled(NamedTuple):
-    """The lists of all rankers as one table."""
-
-    request_D: np.ndarray  # int64, ascending
-    item_D: np.ndarray  # int64, ascending within a request
-    probability_DC: np.ndarray  # float64, 0 where a ranker does not list the item
-
-    def starts(self, num_requests: int) -> np.ndarray:
-        """First entry of each request, int64 [R + 1]."""
-        return np.searchsorted(self.request_D, np.arange(num_requests + 1))
-
-
-def pool(rankings: Sequence[Ranking], num_requests: int | None = None) -> Pooled:
-    """Bring the lists of several rankers together. Args: num_requests: only the first so many."""
-    parts = []
-    for number, ranking in enumerate(rankings):
-        request, column = np.nonzero(ranking.item_RK[:num_requests] >= 0)
-        probability = np.exp(ranking.score_RK[request, column].astype(np.float64))
-        parts.append((request, ranking.item_RK[request, column].astype(np.int64), probability, np.full(len(request), number)))
-    request, item, probability, ranker = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-    width = int(item.max(initial=0)) + 1
-    pairs, entry = np.unique(request * width + item, return_inverse=True)
-    probability_DC = np.zeros((len(pairs), len(rankings)))
-    probability_DC[entry, ranker] = probability
-    return Pooled(pairs // width, pairs % width, probability_DC)
-
-
 def mix(rankings: Sequence[Ranking], weight_C: Sequence[float], k: int) -> Ranking:
     """The k items with the largest weighted probability of every request; ties go to the smaller item index."""
-    num_requests = len(rankings[0].item_RK)
-    pooled = pool(rankings)
-    probability_D = pooled.probability_DC @ np.asarray(weight_C)
-    order = np.lexsort((-probability_D, pooled.request_D))
-    starts = pooled.starts(num_requests)
-    place = np.arange(len(order)) - starts[pooled.request_D[order]]
-    kept = (place < k) & (probability_D[order] > 0)
-    mixed = Ranking(np.full((num_requests, k), -1, dtype=np.int32), np.full((num_requests, k), -np.inf, dtype=np.float32))
-    rows = pooled.request_D[order][kept], place[kept]
-    mixed.item_RK[rows], mixed.score_RK[rows] = pooled.item_D[order][kept], np.log(probability_D[order][kept])
-    return mixed
+    return Ranking(*mix_lists(rankings, weight_C, k))
 
 
 def choose_weights(log: JourneyLog, rankings: Sequence[Ranking], config: MixConfig, progress: bool = True) -> tuple[list[float], float]:
