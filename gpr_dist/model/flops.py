@@ -71,8 +71,6 @@ def forward_flops(config: GPRConfig, work: Work) -> dict[str, float]:
         "ptd.codes": 2.0 * work.targets * config.num_levels * d * config.codebook_size,
         "hte": 2.0 * work.targets * hte_target,
     }
-    if config.critic:  # a value less than the HTE
-        flops["critic"] = 2.0 * work.targets * (hte_target - 2 * d * d - d)
     if config.items.has_head:
         flops["items"] = 2.0 * work.item_scores * d
     if width := config.pointer.width:

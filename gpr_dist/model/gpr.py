@@ -81,7 +81,14 @@ class GPROutput:
     refining_N: Tensor | None  # diffusion loss; none without refining
     item_nll: Tensor | None  # sum of -log p(item) over the targets of head 0; none without an item head
     router: Tensor | None  # the router's weighted losses, a mean over the batch's tokens; none without recursion
-    critic_NL: Tensor | None = None  # V before each code, scaled rewards; none without the critic
+
+
+@dataclass
+class PolicyOutput:
+    """What HEPO needs for each candidate, given as a target of the batch."""
+
+    nll_NL: Tensor  # -log pi of every code, nats
+    value_NL: Tensor | None  # V before each code, units of the scaled reward; none without the critic
 
 
 class GPR(nn.Module):
@@ -101,10 +108,11 @@ class GPR(nn.Module):
         self.critic = Critic(config.width, config.num_levels) if config.critic else None
 
     def forward(self, batch: Batch, task: str = "train", **arguments: Any) -> Any:
-        """train → GPROutput of the batch's targets; logits → theirs [N, L, V]; encode → Opening; decode → log p of the next code;
-        values → V of paths one code longer; rank_items → the item head's best items of every request."""
-        tasks = {"train": self._train, "logits": self._logits, "encode": self._encode, "decode": self._decode, "values": self._values,
-                 "rank_items": self._rank_items}
+        """train → GPROutput of the batch's targets; policy → PolicyOutput of them; logits → theirs [N, L, V]; encode →
+        Opening; decode → log p of the next code; values → V of paths one code longer; rank_items → the item head's best items of every
+        request."""
+        tasks = {"train": self._train, "policy": self._policy, "logits": self._logits, "encode": self._encode, "decode": self._decode,
+                 "values": self._values, "rank_items": self._rank_items}
         return tasks[task](batch, **arguments)
 
     def _copy(self, intents: Intents, batch: Batch) -> Copying | None:
@@ -144,8 +152,15 @@ class GPR(nn.Module):
         if self.config.items.has_head:
             site_RD = opening.intents.hidden_TD.index_select(0, batch.request_token_R)
             item_nll = self.items(site_RD, task="nll", batch=batch, code_CD=self._candidate_codes(batch.candidates))
-        critic_NL = None if self.critic is None else self.critic(state_NLD, code_NLD)
-        return GPROutput(nll_NL, self.hte(state_NLD, code_NLD), refining_N, item_nll, router, critic_NL)
+        return GPROutput(nll_NL, self.hte(state_NLD, code_NLD), refining_N, item_nll, router)
+
+    def _policy(self, batch: Batch) -> PolicyOutput:
+        """As in training, without dropout of states, and without the parts that a policy does not have."""
+        opening, code_NLD, state_NLD, _ = self._targets(batch)
+        nll_NL = self.codes(state_NLD, task="nll", codes_NL=batch.target_codes_NL, offset_NLV=batch.target_offset_NLV)
+        if copying := self._copy(opening.intents, batch):
+            nll_NL = copying.mixed_nll(nll_NL, batch)
+        return PolicyOutput(nll_NL, None if self.critic is None else self.critic(state_NLD, code_NLD))
 
     def _candidate_codes(self, candidates: Candidates) -> Tensor | None:
         return self.codes(candidates.codes_CL).sum(1) if self.config.items.head_codes else None

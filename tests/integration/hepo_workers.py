@@ -59,9 +59,9 @@ def hand_over(runs: str) -> dict:
 
     def measure(engine: Engine) -> dict:
         with torch.no_grad():
-            output = engine(probe)
-        return {"nll": output.nll_NL.tolist(), "values": output.values_NL1.tolist(),
-                "critic": None if output.critic_NL is None else output.critic_NL.tolist()}
+            output, policy = engine(probe), engine(probe, task="policy")
+        return {"nll": output.nll_NL.tolist(), "values": output.values_NL1.tolist(), "policy": policy.nll_NL.tolist(),
+                "critic": None if policy.value_NL is None else policy.value_NL.tolist()}
 
     def save(engine: Engine, name: str, critic: bool) -> Path:
         state = {"fingerprints": fingerprints, "config": {"model": model_config(critic=critic).model_dump(mode="json")}, "progress": {}}

@@ -18,5 +18,6 @@ def test_the_critic_may_be_missing_on_either_side_of_a_hand_over(tmp_path):
     for found in run_ranks("hepo_workers:hand_over", 2, tmp_path, runs=str(tmp_path)):
         critics = {name: result.pop("critic") for name, result in found.items()}
         assert found["first"] == found["second"] == found["third"]
+        assert found["first"]["policy"] == found["first"]["nll"], "without dropout the policy is what was trained"
         assert critics["first"] is critics["third"] is None
         assert not any(any(row) for row in critics["second"]) and len(critics["second"][0]) == 3, "a new critic says 0"

@@ -31,7 +31,7 @@ def model_and_batch(**settings):
 
 @pytest.mark.parametrize("ptd", [{}, {"num_thinking": 2, "refining": True}])
 def test_operations_equal_the_counter_where_the_convention_counts(ptd):
-    model, batch = model_and_batch(ptd=ptd, critic=True)
+    model, batch = model_and_batch(ptd=ptd)
     lengths, sites = batch.offsets_B1.diff(), batch.request_token_R - batch.offsets_B1[batch.request_row_R] + 1
     work = work_of(batch, P)
     openings = {(r, h) for r, h in zip(batch.target_request_N.tolist(), batch.target_head_N.tolist(), strict=True)}
@@ -46,7 +46,6 @@ def test_operations_equal_the_counter_where_the_convention_counts(ptd):
     norms = 3 * 2 * 2 * batch.num_tokens * len(TokenType) * D  # one-hot products of the first norms, left out by convention
     assert counted(model, batch, "GPR.hsd") == flops["hsd.dense"] + flops["hsd.attention"] + norms
     assert counted(model, batch, "GPR.hte") == flops["hte"]
-    assert counted(model, batch, "GPR.critic") == flops["critic"]
     among_codes = 2 * 2 * D * 2 * work.targets * 2 * 3  # of several positions at once: a single one is no matrix product
     adapters = 2 * len(batch.request_token_R) * 4 * D * D
     refining = flops.get("ptd.refining", 0)
