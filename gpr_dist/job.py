@@ -1,29 +1,37 @@
-"""What a pretraining job is made of: its config, and what data and tokenizer decide about the model.
+"""What a training job is made of: its config, what data and tokenizer decide about the model, and what a later stage takes over.
 
-launch/pretrain.py runs it, launch/plan.py only looks at it.
+start.py opens it, launch/plan.py only looks at it.
 """
 
 from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import Field, model_validator
 
 from data_pipeline.history import build_history, is_history_of
-from gpr_dist.config import Config
+from gpr_dist import bundle
+from gpr_dist.config import Config, build_config
 from gpr_dist.data.eligibility import Eligibility
 from gpr_dist.data.loader import LoaderConfig
 from gpr_dist.data.past import PastItems
 from gpr_dist.data.reader import ShardReader
 from gpr_dist.decoding.beam_search import Softmax
-from gpr_dist.errors import ConfigError, DataError
+from gpr_dist.errors import CheckpointError, ConfigError, DataError
 from gpr_dist.evaluation.validate import ValidationConfig
 from gpr_dist.model.gpr import GPRConfig
 from gpr_dist.model.knowledge import KnowledgeConfig
+from gpr_dist.objectives.vaft import VaftConfig
 from gpr_dist.schema import KnowledgeManifest
 from gpr_dist.tokenizer.semantic_ids import SemanticIds
+from gpr_dist.training import checkpoint
 from gpr_dist.training.engine import EngineConfig
 from gpr_dist.training.loop import FitConfig
 from gpr_dist.training.tracker import TrackerConfig
 
+INHERITED = ("model", "data", "engine", "head_weights", "value_loss_weight", "item_loss_weight", "validation")
+"""parts of a config that a later stage takes over from the run it starts from"""
+OF_ONE_FOLDER = ("shards", "tokenizer", "build", "fit_tokenizer", "knowledge", "history")
+"""settings of `data` that say nothing about another data folder"""
 
 class DataConfig(Config):
     """What is trained on."""
@@ -67,6 +75,7 @@ class RunConfig(Config):
 class PretrainConfig(Config):
     """Everything a pretraining run depends on."""
 
+    stage: ClassVar[str] = "pretrain"  # a run's checkpoints are resumed by its own stage only
     run: RunConfig = RunConfig()
     """names and folders"""
     data: DataConfig = DataConfig()
@@ -97,6 +106,61 @@ class PretrainConfig(Config):
         if weights is not None and (len(weights) != heads or min(weights) < 0 or abs(sum(weights) - 1) > 1e-6):
             raise ValueError(f"head_weights={list(weights)} must be model.num_mtp_heads={heads} weights >= 0 that add up to 1")
         return self
+
+
+class FinetuneConfig(PretrainConfig):
+    """Everything a value-aware fine-tuning run depends on; what it leaves open is taken over from the run it starts from."""
+
+    stage: ClassVar[str] = "finetune"
+    run: RunConfig = RunConfig(name="finetune")
+    """names and folders"""
+    init_from: Path = Path("runs/quickstart")
+    """start from these weights: a run folder, a step folder or a bundle; its data, model and losses are taken over too, where this config
+    says nothing else"""
+    vaft: VaftConfig = VaftConfig()
+    """how much the value of an ad counts"""
+
+
+C = TypeVar("C", bound=PretrainConfig)
+
+
+def inherit(config: C, missing_ok: bool = False) -> C:
+    """Fill what the config leaves open: from the run's own newest checkpoint, else from `init_from`.
+
+    Settings of the config win, one by one. With another data.folder, what belongs to the source's folder (OF_ONE_FOLDER) is not taken
+    over, nor ever the critic of HEPO. A bundle gives the model only.
+    Args: missing_ok: without a source the config stays as it is; else that is a CheckpointError.
+    """
+    own = stored_config(config.run.folder / config.run.name)
+    stored = own or stored_config(config.init_from)
+    if stored is None:
+        if missing_ok:
+            return config
+        raise CheckpointError(f"init_from {config.init_from}: no complete checkpoint and no bundle there; give a run folder, a step folder "
+                              "or a bundle")
+    given = config.model_dump(exclude_unset=True)
+    inherited = {name: stored[name] for name in INHERITED if name in stored}
+    folder = given.get("data", {}).get("folder")
+    if "data" in inherited and folder is not None and Path(folder) != Path(inherited["data"]["folder"]):
+        inherited["data"] = {name: value for name, value in inherited["data"].items() if name not in OF_ONE_FOLDER}
+    if not own:
+        inherited["model"] = {name: value for name, value in inherited["model"].items() if name != "critic"}
+    return build_config(type(config), _merged(inherited, given), f"the config with what {config.init_from} was trained with")
+
+
+def stored_config(source: Path) -> dict[str, Any] | None:
+    """The config a run folder, step folder or bundle was made with; nothing but small files is read. None = there is none."""
+    if bundle.is_bundle(source):
+        return {"model": bundle.read_manifest(source).model}
+    steps = [source] if checkpoint.STEP_FOLDER.fullmatch(source.name) else reversed(checkpoint.list_steps(source))
+    whole = next((step for step in steps if (step / "manifest.json").exists()), None)
+    return checkpoint.read_state(whole)["config"] if whole else None
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = {name: _merged(base[name], over[name]) for name in base.keys() & over.keys()
+            if isinstance(base[name], dict) and isinstance(over[name], dict)}
+    return {**base, **over, **both}
 
 
 def tokenizer_folder(config: DataConfig) -> Path:

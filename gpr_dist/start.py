@@ -24,7 +24,7 @@ from gpr_dist.data.loader import Loader, build_loader
 from gpr_dist.data.past import PastItems
 from gpr_dist.data.reader import ShardReader
 from gpr_dist.data.sampler import World
-from gpr_dist.errors import ConfigError, DataError, run_cli
+from gpr_dist.errors import CheckpointError, ConfigError, DataError, run_cli
 from gpr_dist.evaluation.validate import build_validation, has_targets, open_catalogue, save_popularity
 from gpr_dist.job import (
     DataConfig,
@@ -39,6 +39,7 @@ from gpr_dist.job import (
 )
 from gpr_dist.model.flops import count_parameters
 from gpr_dist.model.gpr import GPR
+from gpr_dist.objectives.vaft import VaftConfig
 from gpr_dist.schema import write_atomic
 from gpr_dist.tokenizer.semantic_ids import SemanticIds
 from gpr_dist.training import checkpoint
@@ -47,6 +48,7 @@ from gpr_dist.training.init_from import init_from
 from gpr_dist.training.loop import Objective, Progress, fit, measure_peak_flops
 from gpr_dist.training.plots import plot_losses
 from gpr_dist.training.tracker import Tracker
+from gpr_dist.training.value_weights import ValueWeights, open_value_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -105,6 +107,10 @@ def open_start(job: Job) -> Start:
     """Resume the run's newest checkpoint, loader included, or take over the weights of `init_from` (collective)."""
     restored = checkpoint.load_latest(job.engine, job.run, job.fingerprints)
     if restored:
+        stage = restored.state.get("stage", PretrainConfig.stage)
+        if stage != job.config.stage:
+            raise CheckpointError(f"{restored.folder} is of the stage {stage}, this job of the stage {job.config.stage}; choose another "
+                                  f"run.name, and init_from={job.run} to start from it")
         job.loader.load_state_dict(restored.state["loader"])
         return Start(restored, Progress(**restored.state["progress"]), restored.state.get("origin"))
     source = job.config.init_from
@@ -128,21 +134,29 @@ def open_tracker(job: Job, start: Start) -> Tracker:
 
 def checkpoint_facts(job: Job, start: Start) -> dict[str, Any]:
     """What every checkpoint of the run says beside its counters: plain JSON values."""
-    return {"fingerprints": job.fingerprints, "config": job.config.model_dump(mode="json"), "origin": start.origin}
+    return {"fingerprints": job.fingerprints, "config": job.config.model_dump(mode="json"), "origin": start.origin,
+            "stage": job.config.stage}
 
 
-def run_fit(job: Job, objective: Objective) -> None:
-    """Resume or start, train to the end or to a stop signal, and leave the loss curves behind (collective)."""
+def run_fit(job: Job, objective: Objective, value_weights: ValueWeights | None = None) -> None:
+    """Resume or start, train to the end or to a stop signal, and leave the loss curves behind (collective).
+
+    Args: value_weights: of value-aware fine-tuning (`open_vaft`); none = every target counts 1.
+    """
     config, engine = job.config, job.engine
     validate = open_validation(job, objective)
     start = open_start(job)
     tracker = open_tracker(job, start)
+    if value_weights:
+        tracker.say(value_weights.made_of)
+        if start.restored:
+            value_weights.load_state_dict(start.restored.state["weighing"])
     if validate is None:
         tracker.say(f"no validation: {split_shards(config.data)['validation']} does not exist or has no targets")
     peak = measure_peak_flops(config.engine.precision, engine.device)
     try:
         fit(engine, job.loader, objective, config.train, config.model, job.run, tracker, start.progress, checkpoint_facts(job, start),
-            validate, peak)
+            validate, peak, value_weights)
     except BaseException:
         tracker.close(exit_code=1)  # ends the progress bar's line, so that the error has one of its own
         raise
@@ -164,6 +178,12 @@ def open_validation(job: Job, objective: Objective) -> Callable[[], dict[str, fl
     catalogue = open_catalogue(job.semantic_ids, job.eligibility, np.load(path, allow_pickle=False), engine.device)
     return build_validation(engine, shards["validation"], catalogue, objective, config.validation, config.data.loader,
                             config.model.num_mtp_heads, job.legal, config.data.softmax, config.data.knowledge, job.candidates, job.past)
+
+
+def open_vaft(job: Job, config: VaftConfig) -> ValueWeights:
+    """What weighs the training split's targets (collective). Raises: DataError for data without values."""
+    reader = ShardReader(train_shards(job.config.data), cache_dir=job.config.data.loader.cache_dir)
+    return open_value_weights(job.engine, reader, config)
 
 
 def prepare_shards(config: DataConfig) -> None:

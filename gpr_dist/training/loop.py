@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -71,6 +71,16 @@ class LossShare:
 Objective = Callable[[Engine, Batch, float], LossShare]
 
 
+class Weighing(Protocol):
+    """Decides before a step's first forward which of its targets count, and how much (training/value_weights.py)."""
+
+    def __call__(self, engine: Engine, batches: list[Batch]) -> tuple[list[Batch], dict[str, float]]:
+        """This rank's micro-batches as they are trained on, and metrics of the step (collective)."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """For checkpoints: plain JSON values, the same on every rank."""
+
+
 @dataclass
 class Progress:
     """Counters that survive a restart."""
@@ -88,7 +98,7 @@ class Progress:
 
 def fit(engine: Engine, loader: Loader, objective: Objective, config: FitConfig, model: GPRConfig, run: Path, tracker: Tracker,
         progress: Progress, save_state: dict[str, Any],
-        validate: Callable[[], dict[str, float]] | None = None, peak_flops: float = 0.0) -> Progress:
+        validate: Callable[[], dict[str, float]] | None = None, peak_flops: float = 0.0, weighing: Weighing | None = None) -> Progress:
     """Train until `config.schedule.num_steps`, or until a stop signal, which saves and returns (collective).
 
     Args:
@@ -96,11 +106,13 @@ def fit(engine: Engine, loader: Loader, objective: Objective, config: FitConfig,
         save_state: plain values stored in every checkpoint (fingerprints, resolved config).
         validate: returns metrics with "validation/loss"; called on all ranks.
         peak_flops: per rank, for MFU; 0 = not reported.
+        weighing: weights of the targets; its state goes into the checkpoints as "weighing". None = all count 1.
     Raises: TrainingError when a loss or gradient is not finite and the policy says stop.
     """
 
     def save(step: int) -> None:
         state = {**save_state, "progress": vars(progress) | {"step": step}, "loader": loader.state_dict()}
+        state |= {"weighing": weighing.state_dict()} if weighing else {}
         started = time.perf_counter()
         checkpoint.save(engine, run, step, state)
         if engine.rank == 0:
@@ -116,7 +128,7 @@ def fit(engine: Engine, loader: Loader, objective: Objective, config: FitConfig,
             data = next(steps)
             waited = time.perf_counter() - started
             lr = learning_rate(config.schedule, global_step)
-            result = train_step(engine, data, objective, model, lr, stop(), config.target_share)
+            result = train_step(engine, data, objective, model, lr, stop(), config.target_share, weighing)
             progress.step = global_step + 1
             progress.rows, progress.tokens, progress.targets = (a + b for a, b in zip((progress.rows, progress.tokens, progress.targets),
                                                                                       (result.rows, result.work.tokens, result.targets),
@@ -165,15 +177,17 @@ class StepResult:
     rows: int
     targets: int
     work: Work
+    weighing: dict[str, float]  # metrics
 
 
 def train_step(engine: Engine, data: Step, objective: Objective, model: GPRConfig, lr: float, stop: bool,
-               target_share: float = 1.0) -> StepResult:
+               target_share: float = 1.0, weighing: Weighing | None = None) -> StepResult:
     """One optimizer step over this rank's micro-batches (collective)."""
-    sampled = [sample_targets(batch, target_share, data.epoch * 1_000_003 + data.step_in_epoch) for batch in data.micro_batches]
+    every, weighing_metrics = weighing(engine, data.micro_batches) if weighing else (data.micro_batches, {})
+    sampled = [sample_targets(batch, target_share, data.epoch * 1_000_003 + data.step_in_epoch) for batch in every]
     work = sum((work_of(batch, model.num_mtp_heads, model.ptd.intent_window) for batch in sampled), Work())
     batches = [batch.to(engine.device) for batch in sampled]
-    counts = [sum(b.num_targets for b in data.micro_batches), sum(b.num_targets for b in sampled), sum(b.num_rows for b in sampled),
+    counts = [sum(b.num_targets for b in every), sum(b.num_targets for b in sampled), sum(b.num_rows for b in sampled),
               *vars(work).values()]
     every_target, targets, rows, *work_sums = (int(x) for x in engine.all_reduce(torch.tensor(counts, dtype=torch.float64)).tolist())
     num_targets = max(1.0, every_target * target_share)  # a step may hold no target at all: its loss is 0
@@ -192,7 +206,7 @@ def train_step(engine: Engine, data: Step, objective: Objective, model: GPRConfi
     sums, flags = reduced[: len(sums)], reduced[len(sums) :]
     grad_norm, applied = engine.step(lr, apply=not flags.any())
     return StepResult(*sums[:3].tolist(), sums[3 : 3 + p * l].view(p, l), sums[3 + p * l : -1], grad_norm, applied, bool(sums[-1]),
-                      flags.nonzero().flatten().tolist(), rows, targets, Work(*work_sums))
+                      flags.nonzero().flatten().tolist(), rows, targets, Work(*work_sums), weighing_metrics)
 
 
 def sample_targets(batch: Batch, share: float, seed: int) -> Batch:
@@ -218,7 +232,7 @@ def step_metrics(engine: Engine, result: StepResult, model: GPRConfig, lr: float
         metrics["item_loss"] = result.item_loss
     metrics |= {"rows": result.rows, "tokens": result.work.tokens, "targets": result.targets, "seconds": seconds, "loader_wait_s": waited,
                 "tokens_per_s": result.work.tokens / seconds, "targets_per_s": result.targets / seconds, "skipped_steps": progress.skipped,
-                "total_targets": progress.targets, "memory_gib": memory_bytes() / 2**30}
+                "total_targets": progress.targets, "memory_gib": memory_bytes() / 2**30, **result.weighing}
     if peak_flops:
         metrics["mfu"] = training_flops(model, result.work) / seconds / (peak_flops * engine.world_size)
     return metrics

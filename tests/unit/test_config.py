@@ -16,7 +16,7 @@ from data_pipeline.knowledge import BuildKnowledgeConfig
 from data_pipeline.tokenize_items import FitTokenizerConfig
 from gpr_dist.config import Config, _nested_configs, build_config, describe, load_config, parse_cli, to_yaml
 from gpr_dist.errors import ConfigError
-from gpr_dist.job import PretrainConfig
+from gpr_dist.job import FinetuneConfig, PretrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -185,7 +185,8 @@ def reachable(cls):
     return {cls}.union(*(reachable(part) for part in inner))
 
 
-@pytest.mark.parametrize("job", [PretrainConfig, BuildConfig, FitTokenizerConfig, BuildKnowledgeConfig, YAML_OF["compare"]])
+@pytest.mark.parametrize("job", [PretrainConfig, FinetuneConfig, BuildConfig, FitTokenizerConfig, BuildKnowledgeConfig,
+                                 YAML_OF["compare"]])
 def test_every_setting_of_every_job_is_explained(job):
     configs = reachable(job)
     assert len(configs) > 1 and all(c.__doc__ and c.__doc__ != Config.__doc__ for c in configs)
@@ -193,7 +194,7 @@ def test_every_setting_of_every_job_is_explained(job):
     assert [f"{c}.{name}" for c, name, field in names if not field.description] == []
 
 
-JOB_OF = {"pretrain": "pretrain"}
+JOB_OF = {"pretrain": "pretrain", "finetune": "finetune"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -14,7 +14,7 @@ from data_pipeline.build import BuildConfig
 from data_pipeline.knowledge import BuildKnowledgeConfig
 from data_pipeline.tokenize_items import FitTokenizerConfig
 from gpr_dist.config import Config, describe, parse_cli
-from gpr_dist.job import PretrainConfig
+from gpr_dist.job import FinetuneConfig, PretrainConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "PAPER.md")}
@@ -27,6 +27,7 @@ JOBS: dict[str, tuple[type[Config], str | None]] = {  # script -> its config and
     "build_data.py": (BuildConfig, "configs/data/complete_journey.yaml"),
     "fit_tokenizer.py": (FitTokenizerConfig, "configs/tokenizer/complete_journey.yaml"),
     "pretrain.py": (PretrainConfig, "configs/pretrain.yaml"),
+    "finetune.py": (FinetuneConfig, "configs/finetune.yaml"),
     "evaluate.py": (launch_module("evaluate").EvaluateConfig, None),
     "plan.py": (launch_module("plan").PlanConfig, "configs/pretrain.yaml"),
     "bench.py loader": (launch_module("bench_loader").LoaderBenchConfig, None),
