@@ -99,7 +99,7 @@ class MarketConfig(Config):
     """median bid, money per click"""
     reserve: float = Field(default=0.05, ge=0)
     """least price of a click; every bid is at least that"""
-    budget: float = Field(default=3, gt=0)
+    budget: float = Field(default=5, gt=0)
     """sum of the daily budgets / what the market would spend in a day without them, roughly"""
     logging: LoggingConfig = LoggingConfig()
     """the policy that wrote the log"""
