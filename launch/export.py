@@ -24,6 +24,7 @@ from gpr_dist.data.reader import ShardReader
 from gpr_dist.data.sampler import World
 from gpr_dist.decoding.ranking import Order
 from gpr_dist.decoding.search import SearchConfig
+from gpr_dist.decoding.trie import Trie
 from gpr_dist.errors import ConfigError, DataError, run_cli
 from gpr_dist.evaluation.baselines import BaselineConfig, popularity
 from gpr_dist.evaluation.validate import ValidationConfig, has_targets, open_journeys
@@ -33,16 +34,20 @@ from gpr_dist.model.gpr import GPR, GPRConfig
 from gpr_dist.schema import ShardManifest, TokenType
 from gpr_dist.serving.card import write_card
 from gpr_dist.serving.export import (
+    EXAMPLE,
     WeightType,
+    catalogue_lookup,
     copy_catalogue,
     copy_tokenizer,
     find_time_features,
     save_calibration,
     save_item_weight,
     save_trie,
+    write_example,
     write_weights,
 )
-from gpr_dist.serving.settings import BundleSettings, RequestSettings
+from gpr_dist.serving.rules import RulesConfig, compile_rules
+from gpr_dist.serving.settings import RANKERS, BundleSettings, Ranker, RequestSettings, check_ranker
 from gpr_dist.tokenizer.semantic_ids import SemanticIds
 from gpr_dist.training import checkpoint
 
@@ -55,6 +60,8 @@ class ExportConfig(Config):
 
     checkpoint: Path = Path("runs/quickstart")
     """run folder (its newest intact checkpoint) or one step folder"""
+    best: bool = False
+    """of a run folder: the checkpoint that validated best (train.best_metric), instead of the newest"""
     out: Path
     """folder of the bundle; must not exist"""
     dtype: WeightType = "float32"
@@ -76,6 +83,14 @@ class ExportConfig(Config):
     """how the bundle searches; softmax is that of training whatever is said here"""
     order: Order = "probability"
     """how ads are ordered: probability, or with search.strategy=value by value or leaf_value"""
+    ranker: Ranker = "generative"
+    """who ranks, of a model with an item head: the search over semantic IDs, the item head, or both mixed"""
+    mix_weights: dict[Literal["generative", "item head"], float] | None = None
+    """shares in that mix; none = those that launch/evaluate.py chose for this checkpoint with compare.mix=[generative, item head]"""
+    list_length: int = Field(max(ValidationConfig().ks), ge=1)
+    """ads of each list that are mixed; as launch/evaluate.py takes them, so that its report holds for the bundle"""
+    rules: Path | None = None
+    """targeting, blocked placements, audit, budgets, pacing, caps: a rules file (gpr_dist/serving/rules.py)"""
     calibration_rows: int | None = Field(4096, ge=0)
     """journeys of the validation split that the value head is calibrated on; none = all; 0 = no calibration, and no values in answers"""
     placements: Path | None = None
@@ -88,7 +103,7 @@ class ExportConfig(Config):
 
 def main() -> int:
     config, args = parse_cli(ExportConfig, __doc__)
-    folder = checkpoint.find_checkpoint(config.checkpoint)
+    folder = checkpoint.find_checkpoint(config.checkpoint, config.best)
     state = checkpoint.read_state(folder)
     trained = build_config(DataConfig, state["config"]["data"], f"{folder}/state.json")
     data = trained if config.data is None else trained.model_copy(update={"folder": config.data, "shards": None, "history": None})
@@ -97,7 +112,9 @@ def main() -> int:
     manifest = ShardReader(split_shards(data)["train"], cache_dir=data.loader.cache_dir).manifest
     semantic_ids.check_catalogue(manifest.catalogue_fingerprint, split_shards(data)["train"])
     model = build_config(GPRConfig, state["config"]["model"], f"{folder}/state.json")
-    settings = describe(config, data, manifest, model, trained)
+    check_ranker(config.ranker, model)
+    found = reports(folder)
+    settings = describe(config, data, manifest, model, trained, mix_weights(config, model, found))
     if args.dry_run:
         print(f"would export {folder} with the catalogue of {data.folder} ({manifest.num_items:,} items) to {config.out}\n"
               f"{settings.model_dump_json(indent=1)}")
@@ -108,23 +125,30 @@ def main() -> int:
         num_weights = write_weights(staging, shapes, read, config.dtype)
         copy_tokenizer(semantic_ids, staging / "tokenizer")
         copy_catalogue(data.folder, staging)
-        save_trie(semantic_ids, staging)
-        save_item_weight(item_weights(config, data, semantic_ids.num_items), semantic_ids.num_items, staging)
+        trie = save_trie(semantic_ids, staging)
+        if config.rules is not None:
+            settings = add_rules(config.rules, staging, trie, settings)
+        weight_I = item_weights(config, data, semantic_ids.num_items)
+        save_item_weight(weight_I, semantic_ids.num_items, staging)
+        write_example(staging, settings, weight_I, manifest.last_timestamp)
         curves = calibration(config, data, folder, model, semantic_ids)
         save_calibration(curves, staging)
         source = {"checkpoint": str(folder.name), "run": folder.resolve().parent.name, "step": state["step"],
                   "world_size": state["world_size"], "dtype": config.dtype}
         fingerprints = state["fingerprints"] | {"catalogue": manifest.catalogue_fingerprint}
-        write_card(staging, settings, source, fingerprints, model, num_weights, data_facts(data), reports(folder), config.license,
+        write_card(staging, settings, source, fingerprints, model, num_weights, data_facts(data), found, config.license,
                    config.note, is_calibrated=bool(curves))
         seal(staging, fingerprints=fingerprints, source=source, model=model.model_dump(mode="json"),
              settings=settings.model_dump(mode="json"))
     print(f"{config.out}: {num_weights:,} weights of {folder} in {config.dtype}, {semantic_ids.num_items:,} items\n"
-          f"try it: python launch/recommend.py bundle={config.out} requests=requests.jsonl", flush=True)
+          f"answers by {settings.ranker}"
+          + ("" if settings.ranker != "generative" or not model.items.has_head else "; the model has an item head too: ranker=mix")
+          + f"\ntry it: python launch/recommend.py bundle={config.out} requests={config.out}/{EXAMPLE}", flush=True)
     return 0
 
 
-def describe(config: ExportConfig, data: DataConfig, manifest: ShardManifest, model: GPRConfig, trained: DataConfig) -> BundleSettings:
+def describe(config: ExportConfig, data: DataConfig, manifest: ShardManifest, model: GPRConfig, trained: DataConfig,
+             weights: dict[str, float]) -> BundleSettings:
     """How requests become tokens, and how they are searched. Raises: DataError when the shards say otherwise than the build's config."""
     journeys, num_profile = journey_settings(config, data)
     reader = ShardReader(split_shards(data)["train"], cache_dir=data.loader.cache_dir)
@@ -146,9 +170,35 @@ def describe(config: ExportConfig, data: DataConfig, manifest: ShardManifest, mo
         history_events=trained.history_events if model.pointer.width else 0,
         knowledge_width=model.knowledge.width)
     search = {**config.search.model_dump(), "softmax": trained.softmax}
-    return BundleSettings(requests=requests, search=build_config(SearchConfig, search, "search"), order=config.order,
-                          placements=read_placements(config, data), num_items=manifest.num_items,
-                          catalogue_fingerprint=manifest.catalogue_fingerprint)
+    return build_config(BundleSettings, {
+        "requests": requests, "search": build_config(SearchConfig, search, "search"), "order": config.order, "ranker": config.ranker,
+        "mix_weights": weights, "list_length": config.list_length, "placements": read_placements(config, data),
+        "num_items": manifest.num_items, "catalogue_fingerprint": manifest.catalogue_fingerprint}, "export")
+
+
+def mix_weights(config: ExportConfig, model: GPRConfig, reports: list[dict[str, Any]]) -> dict[str, float]:
+    """As given, or as evaluation chose them for this checkpoint; empty = not known.
+
+    Raises: ConfigError when a mix is wanted whose weights are of rankers that a bundle does not have.
+    """
+    if config.mix_weights is not None or not model.items.has_head:
+        return config.mix_weights or {}
+    chosen = next((report["mix"]["weights"] for report in reports if report.get("mix")), {})
+    foreign = [name for name, weight in chosen.items() if name not in RANKERS and weight > 0]
+    if foreign and config.ranker == "mix":
+        raise ConfigError(f"the mix that was evaluated has a share of {foreign[0]}, which a bundle does not have; evaluate again with "
+                          "compare.mix=[generative, item head], or give mix_weights")
+    return {} if foreign else {name: weight for name, weight in chosen.items() if name in RANKERS}
+
+
+def add_rules(path: Path, staging: Path, trie: Trie, settings: BundleSettings) -> BundleSettings:
+    """Put the rules beside the trie; requests may then say what they ask."""
+    rules, unknown = compile_rules(load_config(RulesConfig, path), path.parent, trie, catalogue_lookup(staging), settings.num_items)
+    if unknown:
+        print(f"{path}: {unknown:,} rows of its table are of ads that the catalogue does not have; left out", flush=True)
+    rules.save(staging)
+    requests = settings.requests.model_copy(update={"audience_fields": rules.fields})
+    return settings.model_copy(update={"requests": requests})
 
 
 def journey_settings(config: ExportConfig, data: DataConfig) -> tuple[JourneyConfig, int | None]:

@@ -24,10 +24,12 @@ import torch
 from pydantic import Field
 from tqdm import tqdm
 
-from gpr_dist.config import Config, parse_cli
+from gpr_dist.config import Config, load_config, parse_cli
 from gpr_dist.errors import ConfigError, DataError, run_cli
 from gpr_dist.serving.recommender import Answer, Recommender
 from gpr_dist.serving.requests import Parsed
+from gpr_dist.serving.rules import RulesConfig, compile_rules
+from gpr_dist.serving.settings import Ranker
 
 ARROW, PARQUET = (".arrow", ".feather", ".ipc"), (".parquet",)
 
@@ -39,10 +41,14 @@ class RecommendConfig(Config):
     """folder made by launch/export.py"""
     requests: Path | None = None
     """.jsonl, .arrow/.feather/.ipc or .parquet; none = JSON lines from stdin"""
+    rules: Path | None = None
+    """a rules file used instead of the bundle's, e.g. with today's budgets (gpr_dist/serving/rules.py)"""
+    ranker: Ranker | None = None
+    """generative, item head or mix; none = as the bundle was exported"""
     k: int = Field(10, ge=1)
     """ads of an answer whose request does not say"""
     chunk_requests: int = Field(1024, ge=1)
-    """requests read and sorted by length together"""
+    """requests read, and sorted by length, together; 1 answers each line as it comes"""
     micro_batch_tokens: int = Field(16384, ge=1)
     """journey tokens encoded at once"""
     micro_batch_requests: int = Field(64, ge=1)
@@ -69,7 +75,7 @@ class Tally:
     def summary(self) -> str:
         requests = self.answered + self.errors
         parts = [f"{requests:,} requests: {self.answered:,} answered ({self.without_ads:,} without ads), {self.errors:,} malformed"]
-        parts += [f"{count:,} history events skipped ({reason.replace('_', ' ')})" for reason, count in sorted(self.skipped.items())]
+        parts += [f"history events skipped: {count:,} ({reason.replace('_', ' ')})" for reason, count in sorted(self.skipped.items())]
         if self.latency_ms:
             p50, p99 = np.percentile(self.latency_ms, [50, 99])
             parts.append(f"{self.answered / max(self.seconds, 1e-9):,.1f} requests/s, micro-batch p50 {p50:.1f} ms, p99 {p99:.1f} ms")
@@ -83,6 +89,14 @@ def main() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     recommender = Recommender.load(config.bundle, device, config.check)
     recommender.micro_batch_tokens, recommender.micro_batch_requests = config.micro_batch_tokens, config.micro_batch_requests
+    if config.ranker is not None:
+        recommender.use_ranker(config.ranker)
+    if config.rules is not None:
+        rules, unknown = compile_rules(load_config(RulesConfig, config.rules), config.rules.parent, recommender.trie, recommender.index_of,
+                                       recommender.settings.num_items)
+        recommender.use_rules(rules)
+        if unknown:
+            print(f"{config.rules}: {unknown:,} rows of its table are of ads that the bundle does not have; left out", file=sys.stderr)
     if config.k > recommender.max_k:
         raise ConfigError(f"k={config.k}: the bundle answers with at most {recommender.max_k} ads, its beam width; export it with more")
     if args.dry_run:
@@ -148,9 +162,10 @@ def iter_tables(path: Path, size: int) -> Iterator[pa.Table]:
                 yield pa.Table.from_batches([batch])
             return
         with pa.memory_map(str(path)) as source:
-            reader = pa.ipc.open_file(source)
-            for number in range(reader.num_record_batches):
-                batch = reader.get_batch(number)
+            is_file = source.read(6) == b"ARROW1"
+            source.seek(0)
+            reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+            for batch in (reader.get_batch(number) for number in range(reader.num_record_batches)) if is_file else reader:
                 for first in range(0, batch.num_rows, size):
                     yield pa.Table.from_batches([batch.slice(first, size)])
     except (OSError, pa.ArrowInvalid) as error:

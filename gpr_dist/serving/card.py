@@ -25,7 +25,7 @@ def write_card(folder: Path, settings: BundleSettings, source: Mapping[str, Any]
         *([note] if note else []), "",
         "## Load", "",
         "Needs torch, numpy, pyarrow, safetensors, pydantic and the package gpr_dist; no DeepSpeed, no W&B, no GPU.", "",
-        "```", "python launch/recommend.py bundle=THIS_FOLDER requests=requests.jsonl > answers.jsonl", "```", "",
+        "```", "python launch/recommend.py bundle=THIS_FOLDER requests=THIS_FOLDER/example.jsonl > answers.jsonl", "```", "",
         "```python", "from gpr_dist.serving.recommender import Recommender",
         "recommender = Recommender.load('THIS_FOLDER')  # compares every checksum",
         "answers = recommender.recommend(recommender.parse([b'{\"time\": 1512120000}']))", "```", "",
@@ -35,6 +35,8 @@ def write_card(folder: Path, settings: BundleSettings, source: Mapping[str, Any]
         f"- `env`: {_names(asked.env_features)}" + (f" (made from `time` if left out: {', '.join(asked.time_features)})"
                                                     if asked.time_features else ""),
         f"- journeys of at most {asked.max_tokens} tokens; of a longer history the most recent part is read",
+        f"- audience: {_names(asked.audience_fields)}" + (" (rules.json)" if asked.audience_fields else ""),
+        f"- ranker: {settings.ranker}" + (f", mix {settings.mix_weights}" if settings.mix_weights else ""),
         f"- at most {settings.max_k} ads per answer, by {settings.order}; search: {search.strategy}, softmax over codes: {search.softmax}, "
         f"MTP heads {', '.join(map(str, search.heads))}",
         "- values: " + ("expected value in the units of the log, calibrated on the validation split" if is_calibrated

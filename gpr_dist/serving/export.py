@@ -23,14 +23,15 @@ from gpr_dist.data.eligibility import Eligibility
 from gpr_dist.decoding.trie import Trie
 from gpr_dist.errors import DataError, TokenizerError
 from gpr_dist.hashing import TIME_FEATURES, feature_id, time_feature
-from gpr_dist.schema import EVERY_AD, TokenType
+from gpr_dist.schema import EVERY_AD, NO_ITEM, TokenType
+from gpr_dist.serving.settings import BundleSettings
 from gpr_dist.tokenizer.semantic_ids import BUNDLE_FILE, SemanticIds
 
 # Ne E tokens  Fe their categorical fields
 
 PIECE_ELEMENTS = 1 << 22
 ITEM_COLUMNS = ("item_id", "kind")
-CALIBRATION, ITEM_WEIGHT = "calibration.json", "item_weight.npy"
+CALIBRATION, ITEM_WEIGHT, EXAMPLE = "calibration.json", "item_weight.npy", "example.jsonl"
 _LENGTH = struct.Struct("<Q")  # a safetensors file: length of the header, header, tensors end to end
 _DTYPES = {"float32": ("F32", torch.float32, torch.int32), "bfloat16": ("BF16", torch.bfloat16, torch.int16)}
 
@@ -96,10 +97,41 @@ def copy_catalogue(data: Path, folder: Path) -> None:
         shutil.copyfile(data / "eligibility.arrow", folder / "eligibility.arrow")
 
 
-def save_trie(semantic_ids: SemanticIds, folder: Path) -> None:
+def catalogue_lookup(folder: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """Hashes of item ids, uint64 → catalogue indices int32, NO_ITEM where the catalogue of this bundle does not have them."""
+    paths = [folder / "catalogue" / f"{name}.npy" for name in ("hashes", "indices")]
+    known, indices = (np.load(path, mmap_mode="r" if path.stat().st_size > 1024 else None, allow_pickle=False) for path in paths)
+
+    def index_of(hashes: np.ndarray) -> np.ndarray:
+        if not len(known):
+            return np.full(len(hashes), NO_ITEM, np.int32)
+        at = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
+        return np.where(known[at] == hashes, indices[at], np.int32(NO_ITEM)).astype(np.int32)
+
+    return index_of
+
+
+def save_trie(semantic_ids: SemanticIds, folder: Path) -> Trie:
     """Of the ads of the exported catalogue."""
     ads = Eligibility.load(folder).items(EVERY_AD)
-    Trie.from_codes(semantic_ids.codes_NL[ads], semantic_ids.codebook_size, ads).save(folder)
+    trie = Trie.from_codes(semantic_ids.codes_NL[ads], semantic_ids.codebook_size, ads)
+    trie.save(folder)
+    return trie
+
+
+def write_example(folder: Path, settings: BundleSettings, weight_I: np.ndarray, time: int) -> None:
+    """Requests to try the bundle with: a new user, a made-up history of popular ads, a list of eligible ads, and a line that is wrong.
+
+    Args: time: of the requests, e.g. the end of the data. Nothing in it is of a real user.
+    """
+    ads = Eligibility.load(folder).items(EVERY_AD)
+    best = ads[np.argsort(-weight_I[ads], kind="stable")[:6]]
+    with pa.memory_map(str(folder / "catalogue" / "catalogue.arrow")) as file:
+        names = pa.ipc.open_file(file).read_all()["item_id"].take(pa.array(best)).to_pylist()
+    seen = [{"item_id": name, "type": "ad", "action": "click", "time": time - 86_400 * days} for days, name in enumerate(names[:3], 1)]
+    requests = [{"id": "new user", "time": time}, {"id": "with a history", "user": "somebody", "time": time, "history": seen, "k": 5},
+                {"id": "three ads", "time": time, "eligible": names[-3:]}, {"id": "without a time"}]
+    (folder / EXAMPLE).write_text("".join(json.dumps(request) + "\n" for request in requests))
 
 
 def save_item_weight(weight_I: np.ndarray, num_items: int, folder: Path) -> None:

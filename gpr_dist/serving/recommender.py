@@ -6,16 +6,14 @@ the answers are the checkpoint's.
 
 import json
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import InitVar, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
-import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
@@ -23,19 +21,21 @@ from gpr_dist.bundle import WEIGHTS, BundleManifest, check_name, read_manifest, 
 from gpr_dist.config import build_config
 from gpr_dist.data.eligibility import Eligibility
 from gpr_dist.data.past import PastItems
-from gpr_dist.decoding.legality import Eligible, LegalCache
+from gpr_dist.decoding.item_ranking import ItemRanking
+from gpr_dist.decoding.mixture import mix_lists
 from gpr_dist.decoding.model_decoder import ModelDecoder
-from gpr_dist.decoding.ranking import rank_items
+from gpr_dist.decoding.ranking import RankedItems, rank_items
 from gpr_dist.decoding.search import search
 from gpr_dist.decoding.trie import Trie
 from gpr_dist.errors import CheckpointError
-from gpr_dist.hashing import hash_strings
 from gpr_dist.model.gpr import GPR, GPRConfig
-from gpr_dist.schema import EVERY_AD, NO_ITEM, Batch
-from gpr_dist.serving.export import CALIBRATION, ITEM_WEIGHT
-from gpr_dist.serving.prompts import Prompts, build_prompts, ranges
-from gpr_dist.serving.requests import Parsed, flat, parse_lines, parse_table
-from gpr_dist.serving.settings import BundleSettings
+from gpr_dist.schema import EVERY_AD, Batch
+from gpr_dist.serving.export import CALIBRATION, ITEM_WEIGHT, catalogue_lookup
+from gpr_dist.serving.prompts import Prompts, build_prompts
+from gpr_dist.serving.requests import Parsed, parse_lines, parse_table
+from gpr_dist.serving.rules import Rules
+from gpr_dist.serving.settings import RANKERS, BundleSettings, Ranker, check_ranker
+from gpr_dist.serving.wishes import Audiences, Shown, Wishes, read_wishes
 from gpr_dist.tokenizer.semantic_ids import BUNDLE_FILE, SemanticIds
 
 # R requests  B of them decoded together  K ads  L levels  I catalogue items
@@ -58,24 +58,6 @@ class Answer:
     seconds: float  # of the micro-batch it was decoded in
 
 
-@dataclass(frozen=True)
-class Wishes:
-    """What R requests may be shown."""
-
-    group_R: np.ndarray  # int64: EVERY_AD, a row of eligibility.arrow, or, below EVERY_AD, a key of `lists`
-    lists: dict[int, np.ndarray]  # sorted catalogue indices
-    request_X: np.ndarray  # int64, ascending: who excludes ...
-    item_X: np.ndarray  # ... which item
-    unknown_R: np.ndarray  # int64, ids that the catalogue does not have
-
-    def excluded(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """(place in `rows`, item) pairs."""
-        first = np.searchsorted(self.request_X, rows)
-        count = np.searchsorted(self.request_X, rows, side="right") - first
-        pairs = ranges(first, count)
-        return torch.from_numpy(np.repeat(np.arange(len(rows)), count)), torch.from_numpy(self.item_X[pairs])
-
-
 @dataclass
 class Recommender:
     """An opened bundle."""
@@ -91,13 +73,15 @@ class Recommender:
     calibration: list[tuple[np.ndarray, np.ndarray]]
     ids: pa.ChunkedArray
     device: torch.device
+    _lookup: Callable[[np.ndarray], np.ndarray] = field(repr=False)
     micro_batch_tokens: int = 16384
     micro_batch_requests: int = 64
-    _lookup: tuple[np.ndarray, np.ndarray] = field(default=(np.zeros(0, np.uint64), np.zeros(0, np.int32)), repr=False)
-    _lists: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
+    rules: InitVar[Rules | None] = None
 
-    def __post_init__(self) -> None:
-        self._legal = LegalCache(self.trie, self._items)
+    def __post_init__(self, rules: Rules | None) -> None:
+        self.use_rules(rules)
+        if self.model.config.items.has_head:
+            self._item_ranking = ItemRanking(self.model, self.device, self.semantic_ids.codes_NL, self.eligibility.items(EVERY_AD))
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu", check: bool = True) -> "Recommender":
@@ -114,15 +98,14 @@ class Recommender:
         semantic_ids.check_catalogue(settings.catalogue_fingerprint, str(folder))
         eligibility = Eligibility.load(folder)
         trie = Trie.load(folder).to(device)
+        rules = Rules.load(folder, trie)
         weight_I = np.load(folder / ITEM_WEIGHT, allow_pickle=False)
         with pa.memory_map(str(folder / "catalogue" / "catalogue.arrow")) as file:
             ids = pa.ipc.open_file(file).read_all()["item_id"]
         curves = [(np.array(c["predicted"]), np.array(c["value"])) for c in json.loads((folder / CALIBRATION).read_text())]
-        lookup = tuple(np.load(folder / "catalogue" / f"{name}.npy", mmap_mode="r" if len(ids) else None, allow_pickle=False)
-                       for name in ("hashes", "indices"))
         model = _open_model(folder, manifest, device)
         return cls(folder, manifest, settings, model, semantic_ids, trie, eligibility, trie.slot_weights(torch.from_numpy(weight_I)),
-                   curves, ids, device, _lookup=lookup)
+                   curves, ids, device, _lookup=catalogue_lookup(folder), rules=rules)
 
     @property
     def num_groups(self) -> int:
@@ -132,6 +115,18 @@ class Recommender:
     def max_k(self) -> int:
         """Most ads a request may ask for."""
         return self.settings.max_k
+
+    def use_rules(self, rules: Rules | None) -> None:
+        """Take other rules from now on, e.g. after budgets ran out: `recommender.audiences.rules.switched("funded", ads, False)`."""
+        self.audiences = Audiences(self.trie, self.eligibility, rules)
+        asked = self.settings.requests.model_copy(update={"audience_fields": rules.fields if rules is not None else ()})
+        self.settings = self.settings.model_copy(update={"requests": asked})
+
+    def use_ranker(self, ranker: Ranker) -> None:
+        """Rank by another of the model's rankers than the bundle says. Raises: ConfigError when the bundle does not have it."""
+        settings = self.settings.model_dump() | {"ranker": ranker}
+        check_ranker(ranker, self.model.config)
+        self.settings = build_config(BundleSettings, settings, f"ranker={ranker}")
 
     def parse(self, lines: Sequence[bytes]) -> Parsed:
         """Requests of JSON lines (requests.py), for `recommend`."""
@@ -143,17 +138,13 @@ class Recommender:
 
     def index_of(self, hashes: np.ndarray) -> np.ndarray:
         """Catalogue index int32 of each item id's hash; NO_ITEM where unknown."""
-        known, indices = self._lookup
-        if not len(known):
-            return np.full(len(hashes), NO_ITEM, np.int32)
-        at = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
-        return np.where(known[at] == hashes, indices[at], np.int32(NO_ITEM)).astype(np.int32)
+        return self._lookup(hashes)
 
     def recommend(self, parsed: Parsed, default_k: int = 10) -> list[Answer]:
         """Answers to the good requests of a chunk, in their order; decoded in micro-batches of similar length."""
         requests = parsed.requests
         prompts = build_prompts(requests, self.settings.requests, self.index_of)
-        wishes = self._wishes(requests)
+        wishes = read_wishes(requests, prompts, self.settings.placements, self.index_of, self.trie, self.audiences.rules)
         k_R = requests["k"].fill_null(default_k).to_numpy(zero_copy_only=False)
         answers: list[Answer | None] = [None] * requests.num_rows
         skipped = [{reason: int(counts[row]) for reason, counts in prompts.skipped.items() if counts[row]}
@@ -170,25 +161,6 @@ class Recommender:
                 answers[row] = Answer(items, names, scores, values, reason, skipped[row], int(wishes.unknown_R[row]), seconds)
         return answers
 
-    def _wishes(self, requests: pa.RecordBatch) -> "Wishes":
-        """Look up the ads that requests name. Distinct lists of eligible ads are known by a hash of their content, below EVERY_AD."""
-        ids, owner = flat(requests["eligible"])
-        items, num = self.index_of(hash_strings(ids)), requests.num_rows
-        out_ids, out_owner = flat(requests["exclude"])
-        out_items = self.index_of(hash_strings(out_ids))
-        unknown_R = np.bincount(owner[items == NO_ITEM], minlength=num) + np.bincount(out_owner[out_items == NO_ITEM], minlength=num)
-        group_R = requests["group"].fill_null(EVERY_AD).to_numpy(zero_copy_only=False).astype(np.int64)
-        place_R = pc.index_in(requests["placement"], pa.array(list(self.settings.placements), pa.string())).fill_null(-1)
-        group_R = np.where(place_R.to_numpy() >= 0, np.array([*self.settings.placements.values(), 0])[place_R.to_numpy()], group_R)
-        bounds, lists = np.searchsorted(owner, np.arange(num + 1)), {}
-        for row in np.flatnonzero(requests["eligible"].is_valid().to_numpy(zero_copy_only=False)).tolist():
-            own = np.unique(items[bounds[row]:bounds[row + 1]])
-            own = own[own != NO_ITEM]
-            group_R[row] = EVERY_AD - 1 - (xxhash.xxh3_64_intdigest(own.tobytes()) >> 2)
-            lists[int(group_R[row])] = own
-        known = out_items != NO_ITEM
-        return Wishes(group_R, lists, out_owner[known], out_items[known].astype(np.int64), unknown_R)
-
     def _micro_batches(self, lengths: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
         """Requests of similar length together, at most `micro_batch_tokens` and `micro_batch_requests` (one at least)."""
         rows = rows[np.argsort(lengths[rows], kind="stable")]
@@ -199,42 +171,52 @@ class Recommender:
             rows = rows[take:]
 
     @torch.no_grad()
-    def _decode(self, prompts: Prompts, rows: np.ndarray, wishes: "Wishes",
+    def _decode(self, prompts: Prompts, rows: np.ndarray, wishes: Wishes,
                 k_B: np.ndarray) -> list[tuple[list[int], list[float], list[float] | None]]:
-        search_config = self.settings.search
-        self._lists = wishes.lists
-        batch = prompts.batch(rows, self.semantic_ids.codes_NL)
+        batch, shown, k = prompts.batch(rows, self.semantic_ids.codes_NL), self.audiences(wishes, rows), int(k_B.max())
         if self.model.config.pointer.width:
-            batch = self._with_past(batch, wishes.group_R[rows])
-        decode = ModelDecoder(self.model, self.device, heads=search_config.heads)
-        opening = decode.start(batch)
-        legal, group_B = self._legal(torch.from_numpy(wishes.group_R[rows]))
-        eligible = Eligible.of(self.trie, legal, group_B, wishes.excluded(rows))
-        result = search(decode.searcher(opening), eligible, search_config, self.item_weight_M, request_id_B=batch.row_ids_B)
-        ranked = rank_items(result, eligible, self.item_weight_M, int(k_B.max()), search_config.softmax, order=self.settings.order)
-        item_BK, score_BK = ranked.item_BK, ranked.score_BK
+            batch = self._with_past(batch, shown)
+        ranker = self.settings.ranker
+        length = k if ranker != "mix" else self.settings.list_length
+        lists, opening = [], None
+        if ranker != "item head":
+            found, opening = self._generate(batch, shown, length)
+            lists.append((found.item_BK, found.score_BK))
+        if ranker != "generative":
+            lists.append(self._item_ranking(batch, shown.lists, shown.audience_B, length, shown.exclude))
+        item_BK, score_BK = lists[0]
+        if ranker == "mix":
+            weights = [self.settings.mix_weights.get(name, 0.0) / sum(self.settings.mix_weights.values()) for name in RANKERS]
+            mixed = mix_lists([(items.cpu().numpy(), scores.float().cpu().numpy()) for items, scores in lists], weights, k)
+            item_BK, score_BK = torch.from_numpy(mixed[0]).long(), torch.from_numpy(mixed[1])
         request_N, place_N = (item_BK >= 0).nonzero(as_tuple=True)
-        values = self._values(opening, request_N, item_BK[request_N, place_N].cpu().numpy()) if self.calibration else None
-        items, scores = item_BK[request_N, place_N].tolist(), score_BK[request_N, place_N].tolist()
+        found_N = item_BK[request_N, place_N].cpu().numpy()
+        values = self._values(batch, opening, request_N.to(self.device), found_N) if self.calibration else None
+        items, scores = found_N.tolist(), score_BK[request_N, place_N].tolist()
         first = torch.searchsorted(request_N, torch.arange(len(rows) + 1, device=request_N.device)).tolist()
         answers = []
-        for number, k in enumerate(k_B.tolist()):
-            cut = slice(first[number], min(first[number] + k, first[number + 1]))
+        for number, wanted in enumerate(k_B.tolist()):
+            cut = slice(first[number], min(first[number] + wanted, first[number + 1]))
             answers.append((items[cut], scores[cut], None if values is None else values[cut]))
         return answers
 
-    def _with_past(self, batch: Batch, group_B: np.ndarray) -> Batch:
-        """What each request may repeat. Groups are numbered within the micro-batch, as keys of lists are too large to be multiplied."""
-        groups, place_B = np.unique(group_B, return_inverse=True)
-        past = PastItems(self.semantic_ids.codes_NL, self.semantic_ids.codebook_size, _Groups([self._items(g) for g in groups.tolist()]))
-        return past.add_to(replace(batch, request_eligibility_R=torch.from_numpy(place_B)))
+    def _generate(self, batch: Batch, shown: Shown, k: int) -> tuple[RankedItems, Any]:
+        """The search of launch/evaluate.py, and the encoded batch."""
+        config = self.settings.search
+        decode = ModelDecoder(self.model, self.device, heads=config.heads)
+        opening = decode.start(batch)
+        result = search(decode.searcher(opening), shown.eligible, config, self.item_weight_M, request_id_B=batch.row_ids_B)
+        return rank_items(result, shown.eligible, self.item_weight_M, k, config.softmax, order=self.settings.order), opening
 
-    def _items(self, group: int) -> np.ndarray:
-        """Sorted catalogue indices of an eligibility group, or of a request's own list."""
-        return self._lists[group] if group < EVERY_AD else self.eligibility.items(group)
+    def _with_past(self, batch: Batch, shown: Shown) -> Batch:
+        """What each request may repeat. Audiences are numbered within the micro-batch."""
+        past = PastItems(self.semantic_ids.codes_NL, self.semantic_ids.codebook_size, _Groups(shown.lists))
+        return past.add_to(replace(batch, request_eligibility_R=torch.from_numpy(shown.audience_B)))
 
-    def _values(self, opening: Any, request_N: Tensor, items_N: np.ndarray) -> list[float]:
-        """Calibrated V_L of each (request, ad): the value head reads the ad's codes."""
+    def _values(self, batch: Batch, opening: Any, request_N: Tensor, items_N: np.ndarray) -> list[float]:
+        """Calibrated V_L of each (request, ad): the value head reads the ad's codes. Args: opening: None = encode the batch for it."""
+        if opening is None:
+            opening = ModelDecoder(self.model, self.device, heads=self.settings.search.heads).start(batch)
         codes_NLD = self.model.codes(torch.from_numpy(self.semantic_ids.codes_NL[items_N].astype(np.int64)).to(self.device))
         head_N = torch.full_like(request_N, self.settings.search.heads[0])
         state_NLD = self.model.ptd(opening, task="generate", request_N=request_N, head_N=head_N, prefix_NlD=codes_NLD[:, :-1])

@@ -15,12 +15,14 @@ Only `time` is required (seconds since 1970, UTC; as in the training logs). An A
   are not strictly before `time`, and ads whose `request` is this request's `id`, are left out, as in training; so are unknown items.
 - Which ads may be shown: `eligible` lists them, or `group` is a row of the bundle's eligibility.arrow, or `placement` the name the
   export gave to such a row; none of them = every ad of the catalogue. `exclude` takes ads away from any.
+- `audience`: {"country": "DE"}, what the bundle's targeting rules ask; names as in the bundle's settings.
 - `k`: ads wanted. `knowledge`: m lists of E floats, for a model that reads external knowledge; left out = unknown user.
 """
 
 import difflib
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -57,6 +59,8 @@ def request_schema(settings: RequestSettings) -> pa.Schema:
     fields = [("id", pa.string()), ("user", pa.string()), ("time", pa.int64()), *_features(settings),
               ("history", pa.list_(pa.struct(event))), ("eligible", pa.list_(pa.string())), ("group", pa.int32()),
               ("placement", pa.string()), ("exclude", pa.list_(pa.string())), ("k", pa.int32())]
+    if settings.audience_fields:
+        fields.append(("audience", pa.struct([(name, pa.string()) for name in settings.audience_fields])))
     if settings.num_knowledge_vectors:
         fields.append(("knowledge", pa.list_(pa.list_(pa.float32()))))
     return pa.schema(fields)
@@ -123,7 +127,18 @@ def _explain(line: bytes, schema: pa.Schema, error: Exception) -> str:
         unknown = _unknown_field(json.loads(line), {field.name: field.type for field in schema}, "")
     except (ValueError, UnicodeDecodeError, RecursionError):
         unknown = None
-    return unknown or " ".join(str(error).removesuffix(" in row 0").split())
+    return unknown or _plain(" ".join(str(error).removesuffix(" in row 0").split()))
+
+
+def _plain(message: str) -> str:
+    """Arrow's words about a field of another type, as ours."""
+    if found := re.search(r"Column\(/(\S*)\) changed from (\w+) to (\w+)", message):
+        return f"{found[1].replace('/[]', '').replace('/', '.')} is of type {found[3]}, expected {found[2]}"
+    if found := re.search(r"Failed to convert JSON to int\d+, couldn't parse:\s*(\S+)", message):
+        return f"{found[1]} is not a whole number (times are whole seconds since 1970)"
+    if found := re.search(r"Column\(/(\S*)\) was specified twice", message):
+        return f"{found[1].replace('/[]', '').replace('/', '.')} is given twice"
+    return message
 
 
 def _unknown_field(value: object, known: Mapping[str, pa.DataType], where: str) -> str | None:

@@ -7,7 +7,9 @@ from pydantic import Field, model_validator
 from gpr_dist.config import Config
 from gpr_dist.decoding.ranking import Order
 from gpr_dist.decoding.search import SearchConfig
+from gpr_dist.errors import ConfigError
 from gpr_dist.hashing import TIME_FEATURES
+from gpr_dist.model.gpr import GPRConfig
 
 
 class RequestSettings(Config):
@@ -37,12 +39,18 @@ class RequestSettings(Config):
     """vectors m of external knowledge a request may carry; 0 = the model reads none"""
     knowledge_width: int = Field(0, ge=0)
     """their width E"""
+    audience_fields: tuple[str, ...] = ()
+    """what the bundle's rules ask about a request (serving/rules.py)"""
 
     @model_validator(mode="after")
     def _check(self) -> "RequestSettings":
         if self.max_organic_per_block + 3 > self.max_tokens:
             raise ValueError(f"max_organic_per_block={self.max_organic_per_block} leaves no room in max_tokens={self.max_tokens}")
         return self
+
+
+RANKERS = ("generative", "item head")
+Ranker = Literal[*RANKERS, "mix"]
 
 
 class BundleSettings(Config):
@@ -53,7 +61,13 @@ class BundleSettings(Config):
     search: SearchConfig
     """how ads are found; its last width is the most ads an answer can have"""
     order: Order = "probability"
-    """how the ads found are ordered"""
+    """how the ads found by the search are ordered"""
+    ranker: Ranker = "generative"
+    """who ranks: the search over semantic IDs, the item head, or both mixed"""
+    mix_weights: dict[Literal["generative", "item head"], float] = Field({})
+    """shares of the two in a mix; empty = none is known"""
+    list_length: int = Field(100, ge=1)
+    """ads of each list that are mixed"""
     placements: dict[str, int] = Field({})
     """names of eligibility groups"""
     num_items: int
@@ -69,4 +83,18 @@ class BundleSettings(Config):
     def _check(self) -> "BundleSettings":
         if self.order != "probability" and self.search.strategy != "value":
             raise ValueError(f"order={self.order} needs search.strategy=value, which works out the value of every leaf")
+        if self.order != "probability" and self.ranker != "generative":
+            raise ValueError(f"order={self.order} orders what the search found: it needs ranker=generative, not {self.ranker!r}")
+        if self.ranker == "mix" and sum(self.mix_weights.values()) <= 0:
+            raise ValueError("ranker=mix needs mix_weights={'generative': ..., 'item head': ...}; launch/evaluate.py with "
+                             "compare.mix=[generative, item head] chooses them on the validation split")
+        if self.mix_weights and min(self.mix_weights.values()) < 0:
+            raise ValueError(f"mix_weights={self.mix_weights} must be >= 0")
         return self
+
+
+def check_ranker(ranker: Ranker, model: GPRConfig) -> None:
+    """Raises: ConfigError when the model cannot rank so."""
+    if ranker != "generative" and not model.items.has_head:
+        raise ConfigError(f"ranker={ranker!r} needs a model with an item head (model.items.buckets > 0, model.items.head not none); "
+                          "this one has none: ranker=generative")
