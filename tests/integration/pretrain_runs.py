@@ -1,4 +1,4 @@
-"""A tiny data set made by the real pipeline, and `launch/pretrain.py` started, killed and watched as a user would."""
+"""A tiny data set made by the real pipeline, and training scripts started, killed and watched as a user would."""
 
 import contextlib
 import json
@@ -75,14 +75,15 @@ def build_tiny_data(folder: Path) -> Path:
 
 
 class Pretraining:
-    """One start of launch/pretrain.py in a session of its own, so that the whole group can be signalled; never outlives the test."""
+    """One start of a training script in a session of its own, so that the whole group can be signalled; never outlives the test."""
 
     def __init__(self, folder: Path, overrides: list[str], launcher: str = "torchrun", ranks: int = 2, wandb: str = "disabled",
                  config: Path | None = None, environment: dict[str, str] | None = None, tiny: bool = True,
-                 file_limits: dict[int, int] | None = None) -> None:
-        """`file_limits`: largest file, in bytes, that the process of this number may write: a full disk for users without root."""
+                 file_limits: dict[int, int] | None = None, stage: str = "pretrain") -> None:
+        """`file_limits`: largest file, in bytes, that the process of this number may write: a full disk for users without root; `stage`:
+        name of the script in launch/."""
         folder.mkdir(parents=True, exist_ok=True)
-        script = str(ROOT / "launch" / "pretrain.py")
+        script = str(ROOT / "launch" / f"{stage}.py")
         bin_folder = Path(sys.executable).parent
         commands = {
             "python": [[sys.executable, script]],
@@ -154,7 +155,7 @@ def _file_limit(num_bytes: int | None) -> Any:
 
 
 def run_pretraining(folder: Path, overrides: list[str], expect: int = 0, timeout: float = 120, **options: Any) -> Pretraining:
-    """Start, wait, and check the exit code of every process."""
+    """Start launch/pretrain.py or another stage, wait, and check the exit code of every process."""
     with Pretraining(folder, overrides, **options) as job:
         codes = job.wait(timeout)
     assert set(codes) == {expect}, f"exit codes {codes}, expected {expect}\n{job.describe()}"
@@ -176,13 +177,13 @@ def environment_of(pid: int) -> dict[str, str]:
 
 
 def is_rank(pid: int) -> bool:
-    """Whether it is python running launch/pretrain.py, not a launcher or one of its helpers."""
+    """Whether it is python running one of our scripts, not a launcher or one of its helpers."""
     try:
         command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
     except OSError:
         return False
     scripts = [part for part in command[1:] if part.endswith(".py") or part.endswith(("torchrun", "deepspeed"))]
-    return scripts[:1] == [str(ROOT / "launch" / "pretrain.py")]
+    return bool(scripts) and Path(scripts[0]).parent == ROOT / "launch"
 
 
 def logged_losses(run: Path) -> dict[int, float]:
