@@ -51,6 +51,11 @@ class LegalCodes:
         self._cache_bytes, self._used_bytes = cache_bytes, 0
         self._lock = threading.Lock()  # the training loader goes on prefetching while validation reads
 
+    @property
+    def item_weight_M(self) -> np.ndarray | None:
+        """As given."""
+        return self._item_weight_M
+
     def add_to(self, batch: Batch, counted: bool) -> Batch:
         """The batch with `target_offset_NLV`: legality and prior at the request of each target, whichever head it belongs to.
 
