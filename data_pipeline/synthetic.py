@@ -28,7 +28,8 @@ from data_pipeline.market.truth import Outcomes, Requests, Served, Truth, group_
 from data_pipeline.market.world import MICRO, World, build_world, sigmoid
 from gpr_dist.errors import DataError
 
-__all__ = ["LoggingConfig", "MarketConfig", "MarketSummary", "Outcomes", "Requests", "Served", "Truth", "make_market"]
+__all__ = ["LoggingConfig", "MarketConfig", "MarketSummary", "Outcomes", "Requests", "Served", "Truth", "describe", "is_made",
+           "make_market"]
 
 _ROW_GROUP = 1 << 20
 _AGES = ("18-24", "25-34", "35-44", "45-54", "55+")
@@ -49,6 +50,12 @@ class MarketSummary:
     exhausted: int = 0
     seconds: float = field(default=0.0, compare=False)
     cpu_seconds: float = field(default=0.0, compare=False)
+
+
+def is_made(config: MarketConfig) -> bool:
+    """Whether `config.out` holds exactly this market."""
+    marker = config.out / "truth/market.json"
+    return marker.is_file() and marker.read_text() == config.model_dump_json(indent=1)
 
 
 def make_market(config: MarketConfig) -> MarketSummary:
