@@ -45,7 +45,8 @@ def compare(out: Path, folder: Path) -> str:
 
 def _read(file: Path) -> pl.DataFrame:
     """Rows of three numbers; the lines between them open an episode and have fewer."""
-    table = csv.read_csv(file, csv.ReadOptions(column_names=_COLUMNS), csv.ParseOptions("\t", invalid_row_handler=lambda row: "skip"),
+    table = csv.read_csv(file, csv.ReadOptions(column_names=_COLUMNS),
+                         csv.ParseOptions(delimiter="\t", invalid_row_handler=lambda row: "skip"),
                          csv.ConvertOptions(column_types=dict.fromkeys(_COLUMNS, pa.float64())))
     if not table.num_rows:
         raise DataError(f"{file} has no row `click<TAB>price<TAB>pctr`; is it a file of the iPinYou auctions?")
