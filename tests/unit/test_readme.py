@@ -25,6 +25,7 @@ FLAGS = {"recommend.py": {"--bench": "a switch"},
 
 JOBS: dict[str, tuple[type[Config], str | None]] = {  # script -> its config and the file it reads without --config
     "build_data.py": (BuildConfig, "configs/data/complete_journey.yaml"),
+    "make_market.py": (launch_module("make_market").MakeMarketConfig, "configs/market/quickstart.yaml"),
     "fit_tokenizer.py": (FitTokenizerConfig, "configs/tokenizer/complete_journey.yaml"),
     "pretrain.py": (PretrainConfig, "configs/pretrain.yaml"),
     "finetune.py": (FinetuneConfig, "configs/finetune.yaml"),
