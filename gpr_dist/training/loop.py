@@ -138,7 +138,7 @@ def fit(engine: Engine, loader: Loader, objective: Objective, config: FitConfig,
             if not result.applied:
                 progress.skipped += 1
                 skipped_in_a_row += 1
-                _report_nonfinite(engine, data, result, run, global_step, tracker)
+                report_nonfinite(engine, data, result.bad_ranks, run, global_step, tracker)
                 if config.on_nonfinite == "stop" or skipped_in_a_row >= config.max_skipped_steps:
                     last = f"last checkpoint step-{saved_step:06d}" if saved_step else "no checkpoint yet"
                     raise TrainingError(f"loss or gradient is not finite at step {global_step + 1} on rank(s) {result.bad_ranks}; the "
@@ -151,7 +151,7 @@ def fit(engine: Engine, loader: Loader, objective: Objective, config: FitConfig,
             finished = progress.step == num_steps
             due = config.validate_every_steps and progress.step % config.validate_every_steps == 0
             if validate and (finished or (due and not result.stop)):  # a stop signal is answered in bounded time
-                _validate(engine, validate, config.best_metric, progress, tracker)
+                run_validation(engine, validate, config.best_metric, progress, tracker)
             if finished or result.stop or progress.step % config.checkpoint.every_steps == 0:
                 save(progress.step)
                 saved_step = progress.step
@@ -278,7 +278,9 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _validate(engine: Engine, validate: Callable[[], dict[str, float]], best_metric: str, progress: Progress, tracker: Tracker) -> None:
+def run_validation(engine: Engine, validate: Callable[[], dict[str, float]], best_metric: str, progress: Progress,
+                   tracker: Tracker) -> None:
+    """Measure, log, and note in `progress` whether it is the best so far (collective)."""
     engine.train(False)
     metrics = validate()
     engine.train(True)
@@ -292,10 +294,10 @@ def _validate(engine: Engine, validate: Callable[[], dict[str, float]], best_met
     tracker.say(f"step {progress.step}: " + "  ".join(f"{k.removeprefix('validation/')} {v:.4f}" for k, v in metrics.items()))
 
 
-def _report_nonfinite(engine: Engine, data: Step, result: StepResult, run: Path, step: int, tracker: Tracker) -> None:
+def report_nonfinite(engine: Engine, data: Step, bad_ranks: list[int], run: Path, step: int, tracker: Tracker) -> None:
     """Leave the rows of the bad step behind, one file per rank concerned, so that they can be looked at."""
-    if engine.rank in result.bad_ranks:
+    if engine.rank in bad_ranks:
         rows = [batch.row_ids_B.tolist() for batch in data.micro_batches]
         (run / f"nonfinite-step-{step + 1:06d}-rank-{engine.rank:05d}.json").write_text(json.dumps({"micro_batches": rows}))
-    tracker.log(step + 1, {"nonfinite/step": step + 1, "nonfinite/ranks": result.bad_ranks})
-    tracker.say(f"step {step + 1}: loss or gradient not finite on rank(s) {result.bad_ranks}; update dropped")
+    tracker.log(step + 1, {"nonfinite/step": step + 1, "nonfinite/ranks": bad_ranks})
+    tracker.say(f"step {step + 1}: loss or gradient not finite on rank(s) {bad_ranks}; update dropped")
