@@ -163,10 +163,10 @@ def compile_rules(config: RulesConfig, folder: Path, trie: Trie, index_of: Index
             lists = _lists(column, path, rule.column)
             flat, row = pc.list_flatten(lists), pc.list_parent_indices(lists)
             said = pc.fill_null(pc.not_equal(flat, ""), False)
-            flat, row = flat.filter(said), row.filter(said).to_numpy(zero_copy_only=False)
+            flat, row = flat.filter(said), np.array(row.filter(said))
             encoded = pc.dictionary_encode(flat)
             names = tuple(encoded.dictionary.to_pylist())
-            codes = torch.from_numpy(encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64))
+            codes = torch.from_numpy(np.array(encoded.indices, np.int64))
             make = targeting if rule.kind == "targeting" else listed
             made = make(trie, str(number), len(names), item[torch.from_numpy(row)], codes)
             made = ~made if rule.kind == "blocked" else made
@@ -239,7 +239,7 @@ def _numbers(column: pa.Array, path: Path, name: str, least: float, most: float,
         numbers = pc.fill_null(column.cast(pa.int8() if pa.types.is_boolean(column.type) else pa.float64()).cast(pa.float64()), missing)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise DataError(f"{path}: column {name} is {column.type}, expected numbers ({error})") from None
-    found = numbers.to_numpy(zero_copy_only=False)
+    found = np.array(numbers)
     if not ((found >= least) & (found <= most)).all():
         raise DataError(f"{path}: column {name} has {found[~((found >= least) & (found <= most))][0]}, expected {least:g} to {most:g}")
     return found
