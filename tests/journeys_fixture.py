@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from data_pipeline.shards import ShardConfig, ShardWriter, write_manifest
+from gpr_dist.data.rows import StoredRows
 from gpr_dist.schema import EVERY_AD, JOURNEY_SCHEMA, NO_ITEM, Action, ShardManifest, TokenType
 
 NUM_ITEMS = 50
@@ -25,6 +26,11 @@ def write_split(folder: Path, journeys: pa.RecordBatch, config: ShardConfig | No
         with ShardWriter(folder, part, config or ShardConfig(rows_per_batch=8, rows_per_shard=40)) as writer:
             writer.write(journeys.slice(bounds[part], bounds[part + 1] - bounds[part]))
     return write_manifest(folder, "train", USER_FEATURES, ENV_FEATURES, "c0ffee", NUM_ITEMS)
+
+
+def stored_rows(batch: pa.RecordBatch) -> StoredRows:
+    """The rows as the loader holds them when they were read from a file."""
+    return StoredRows.of([pa.ipc.read_record_batch(batch.serialize(), batch.schema)], batch.schema.names)
 
 
 def _journey(rng: random.Random, number: int, max_requests: int) -> dict:

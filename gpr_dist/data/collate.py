@@ -1,12 +1,11 @@
-"""Journey rows to packed micro-batches: gathers the chosen rows, adds semantic IDs, and lays out requests and MTP targets.
+"""Journey rows to packed micro-batches: adds semantic IDs, and lays out requests and MTP targets.
 
 Pure functions over Arrow buffers; a row costs no Python of its own. Which rows belong together is `sampler.py`, reading them is
-`reader.py`. Look-ahead ads are labels and never become input.
+`reader.py`, bringing them together `rows.py`. Look-ahead ads are labels and never become input.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -20,8 +19,8 @@ from gpr_dist.schema import JOURNEY_SCHEMA, Batch, TokenType
 TOKEN_COLUMNS = ("token_type", "block", "item", "action", "scene", "timestamp", "value", "pctr", "pcvr")
 _INPUT_COLUMNS = TOKEN_COLUMNS[:7]
 _AD_COLUMNS = ("block", "item", "action", "timestamp", "value", "pctr", "pcvr")
-_SIDE_COLUMNS = ("user_features", "env_features", "eligibility")
-_DTYPES = {name: np.dtype(JOURNEY_SCHEMA.field(name).type.value_type.to_pandas_dtype()) for name in TOKEN_COLUMNS + _SIDE_COLUMNS}
+SIDE_COLUMNS = ("user_features", "env_features", "eligibility")
+STORED = {name: np.dtype(JOURNEY_SCHEMA.field(name).type.value_type.to_pandas_dtype()) for name in TOKEN_COLUMNS + SIDE_COLUMNS}
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class JourneyColumns:
         Raises: DataError when the per-token lists of a row differ in length.
         """
         offsets, values = {}, {}
-        for name in set(batch.schema.names) & _DTYPES.keys():
+        for name in set(batch.schema.names) & STORED.keys():
             column = batch.column(name)
             offset = column.offsets.to_numpy()  # of the slice; `flatten` cuts the values to the same slice, `values` would not
             offsets[name] = offset if offset[0] == 0 else offset - offset[0]
@@ -56,28 +55,7 @@ class JourneyColumns:
                 row = int(np.flatnonzero(offsets[name] != offsets["token_type"])[0]) - 1
                 raise DataError(f"row {row} of a record batch: {name} and token_type differ in length; rebuild the shards")
         return cls(batch.column("num_context").to_numpy(), batch.column("num_lookahead").to_numpy(), offsets["token_type"], tokens,
-                   {name: (offsets[name], values[name]) for name in _SIDE_COLUMNS if name in values})
-
-    @cached_property
-    def _byte_strings(self) -> dict[str, pa.LargeBinaryArray]:
-        """The lists as byte strings: Arrow gathers those with one memcpy per row, not with an index per number."""
-        lists = {name: (self.token_offsets, values) for name, values in self.tokens.items()} | self.sides
-        return {name: pa.Array.from_buffers(pa.large_binary(), self.num_rows,
-                                            [None, pa.py_buffer(offsets.astype(np.int64) * values.itemsize), pa.py_buffer(values)])
-                for name, (offsets, values) in lists.items()}
-
-    def take(self, rows: np.ndarray) -> "JourneyColumns":
-        """A copy of these rows (int64 positions) in this order, with the batch's types: int64 and float32."""
-        index = pa.array(rows)
-        offsets, values = {}, {}
-        for name, column in self._byte_strings.items():  # one by one: only one is in memory in both its types
-            _, ends, content = column.take(index).buffers()
-            stored = np.frombuffer(content, _DTYPES[name]) if content else np.zeros(0, _DTYPES[name])
-            values[name] = stored.astype(np.float32 if stored.dtype.kind == "f" else np.int64, copy=False)
-            if name in self.sides or name == "token_type":
-                offsets[name] = np.frombuffer(ends, np.int64) // stored.itemsize
-        return JourneyColumns(self.num_context[rows].astype(np.int64), self.num_lookahead[rows].astype(np.int64), offsets["token_type"],
-                              {name: values[name] for name in self.tokens}, {name: (offsets[name], values[name]) for name in self.sides})
+                   {name: (offsets[name], values[name]) for name in SIDE_COLUMNS if name in values})
 
     def slice(self, begin: int, end: int) -> "JourneyColumns":
         """Views of rows begin .. end - 1."""
@@ -96,7 +74,7 @@ def collate(journeys: JourneyColumns, row_ids_B: np.ndarray, codes_ML: np.ndarra
     """Pack rows end to end.
 
     Args:
-        journeys: the rows of the micro-batch as `take` gives them, perhaps none; the micro-batch keeps their memory.
+        journeys: the rows of the micro-batch as `StoredRows.take` gives them, perhaps none; the micro-batch keeps their memory.
         row_ids_B: global row number of each row, int64, in the same order; only carried along.
         codes_ML: semantic ID of each catalogue item, any integer type.
         num_heads: MTP heads P. Head 0 has every ad of a request as a target; head j ≥ 1 the j-th ad after the request's first

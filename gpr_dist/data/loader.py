@@ -27,6 +27,7 @@ from gpr_dist.data.knowledge import KnowledgeVectors
 from gpr_dist.data.legal import LegalCodes
 from gpr_dist.data.past import PastItems
 from gpr_dist.data.reader import ShardReader
+from gpr_dist.data.rows import StoredRows
 from gpr_dist.data.sampler import EpochPlan, Sampling, World, build_sampling, owned_streams, pack_in_order, pack_steps
 from gpr_dist.errors import DataError
 from gpr_dist.hashing import row_keys
@@ -154,13 +155,13 @@ class Loader:
 
 @dataclass(frozen=True)
 class HeldRows:
-    """Rows of a split in memory, laid end to end so that gathering the rows of a step is one vectorised pass."""
+    """Rows of a split in memory, by their global row numbers."""
 
     first_row: np.ndarray
-    """global row number at the start of each contiguous run, increasing"""
+    """global row number at the start of each record batch, increasing"""
     num_rows: np.ndarray
-    journeys: JourneyColumns
-    """the runs' rows in order"""
+    stored: StoredRows
+    """the batches' rows in order"""
 
     @classmethod
     def load(cls, reader: ShardReader, rows: np.ndarray, columns: Sequence[str] = USED_COLUMNS, readers: ThreadPoolExecutor | None = None,
@@ -173,7 +174,7 @@ class HeldRows:
         kept = {} if kept is None else kept
         number_of_row = np.searchsorted(reader.first_row, rows, side="right") - 1
         numbers, start, length = np.unique(number_of_row, return_index=True, return_counts=True)
-        low, high = rows[start], rows[start + length - 1] + 1
+        high = rows[start + length - 1] + 1
         fetch = [number for number in numbers.tolist() if number not in kept]
         fetch_all = map if readers is None or reader.is_local else readers.map  # threads cost more than they gain on a memory map
         fetched = dict(zip(fetch, fetch_all(reader.read_batch_or_skip, fetch), strict=True))
@@ -181,24 +182,21 @@ class HeldRows:
         unfinished = high < reader.first_row[numbers] + reader.num_rows[numbers]
         kept.clear()
         kept |= {int(number): batch for number, batch, more in zip(numbers, batches, unfinished, strict=True) if more}
-        present = np.array([batch is not None for batch in batches], bool)
-        pieces = [batch.slice(begin, length) for batch, begin, length
-                  in zip(batches, low - reader.first_row[numbers], high - low, strict=True) if batch is not None]
-        table = pa.Table.from_batches(pieces, JOURNEY_SCHEMA).select(columns).combine_chunks()
-        [whole] = table.to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
-        return cls(low[present], (high - low)[present], JourneyColumns.of(whole))
+        present = numbers[[batch is not None for batch in batches]]
+        stored = StoredRows.of([batch for batch in batches if batch is not None], columns)
+        return cls(reader.first_row[present], reader.num_rows[present], stored)
 
     def take(self, micro_batches: list[np.ndarray]) -> list[tuple[np.ndarray, JourneyColumns]]:
         """For each of the arrays of global row numbers: those of the rows that are here, and their journeys.
 
-        One gather for all of them: the micro-batches are views of the same memory.
+        One copy for all of them: the micro-batches are views of the same memory.
         """
         rows = np.concatenate(micro_batches)
-        run = np.searchsorted(self.first_row, rows, side="right") - 1
-        end = np.append(self.first_row + self.num_rows, -1)  # of run -1, which is none
-        here = np.flatnonzero(rows < end[run])
-        rows, run = rows[here], run[here]
-        journeys = self.journeys.take(rows - self.first_row[run] + (np.cumsum(self.num_rows) - self.num_rows)[run])
+        at = np.searchsorted(self.first_row, rows, side="right") - 1
+        end = np.append(self.first_row + self.num_rows, -1)  # of batch -1, which is none
+        here = np.flatnonzero(rows < end[at])
+        rows, at = rows[here], at[here]
+        journeys = self.stored.take(rows - self.first_row[at] + (np.cumsum(self.num_rows) - self.num_rows)[at])
         bounds = np.searchsorted(here, np.cumsum([0, *map(len, micro_batches)]))
         return [(rows[begin:end], journeys.slice(begin, end)) for begin, end in itertools.pairwise(bounds)]
 

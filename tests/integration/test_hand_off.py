@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from checkpoint_files import write_checkpoint
+from journeys_fixture import stored_rows
 from ranks import ROOT, run_ranks
 
 from data_pipeline.history import build_history
 from gpr_dist.bundle import MANIFEST, WEIGHTS, read_manifest
-from gpr_dist.data.collate import JourneyColumns, collate
+from gpr_dist.data.collate import collate
 from gpr_dist.data.eligibility import Eligibility
 from gpr_dist.data.past import PastItems
 from gpr_dist.data.reader import ShardReader
@@ -131,8 +132,8 @@ def checkpoint_answers(tiny, model, history, weight_I):
     past = PastItems(semantic_ids.codes_NL, semantic_ids.codebook_size, eligibility, history, 20)
     older = past.open_history(reader.manifest)
     for number in range(reader.num_batches):
-        columns = JourneyColumns.of(reader.read_batch(number))
-        rows = np.arange(columns.num_rows)
+        columns = stored_rows(reader.read_batch(number))
+        rows = np.arange(reader.num_rows[number])
         batch = collate(columns.take(rows), rows + reader.first_row[number], semantic_ids.codes_NL, 1, len(reader.manifest.user_features),
                         len(reader.manifest.env_features))
         batch = past.add_to(batch, older)
@@ -151,7 +152,7 @@ def test_the_prompts_are_those_of_the_shards(tiny, recommender, asked):
     requests, sites = asked
     prompts = build_prompts(recommender.parse(lines_of(requests)).requests, recommender.settings.requests, recommender.index_of)
     reader = ShardReader(tiny / "data" / "shards" / "test")
-    columns = JourneyColumns.of(pa.Table.from_batches([reader.read_batch(n) for n in range(reader.num_batches)]).combine_chunks()
+    columns = stored_rows(pa.Table.from_batches([reader.read_batch(n) for n in range(reader.num_batches)]).combine_chunks()
                                 .to_batches()[0])
     assert recommender.settings.requests.time_features == ("hour",) and len(sites) > 50
     for number, first_ad in sites:

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
+from journeys_fixture import stored_rows
 from random_batches import concat_batches, empty_batch, random_batch
 from tiny_model import (
     L,
@@ -22,7 +23,7 @@ from tiny_model import (
     tiny_model,
 )
 
-from gpr_dist.data.collate import JourneyColumns, collate
+from gpr_dist.data.collate import collate
 from gpr_dist.schema import JOURNEY_SCHEMA, TokenType
 
 BOTH = pytest.mark.parametrize("attention", ["torch", "reference"])
@@ -279,7 +280,7 @@ def without_targets(batch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_empty_batch_gives_every_parameter_a_zero_gradient(attention, features, dtype):
     model = tiny_model(dtype, **attention_of(attention), num_user_features=features, num_env_features=features)
-    none = JourneyColumns.of(pa.RecordBatch.from_pylist([], JOURNEY_SCHEMA)).take(np.zeros(0, np.int64))
+    none = stored_rows(pa.RecordBatch.from_pylist([], JOURNEY_SCHEMA)).take(np.zeros(0, np.int64))
     of_the_loader = collate(none, np.zeros(0, np.int64), np.zeros((100, L), np.int64), P, features, features)
     for batch in (empty_batch(num_fields=features), of_the_loader):
         loss, gradients = loss_and_gradients(model, [batch], 10)

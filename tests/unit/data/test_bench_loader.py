@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from journeys_fixture import stored_rows
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "launch"))
 import bench_loader
-
-from gpr_dist.data.collate import JourneyColumns
 
 
 def test_contenders_deliver_everything(tmp_path, capsys):
@@ -28,6 +27,6 @@ def test_minimal_and_peer_batches_hold_the_same_tokens(tmp_path):
     journeys = bench_loader.generate_journeys(config)
     views = bench_loader._RowViews(journeys)
     peer = next(bench_loader.pack((views[i] for i in range(100)), 10**9))
-    ours = bench_loader._columns_only(JourneyColumns.of(journeys.select(bench_loader.OUR_COLUMNS)).take(np.arange(100)), np.arange(100))
+    ours = bench_loader._columns_only(stored_rows(journeys.select(bench_loader.OUR_COLUMNS)).take(np.arange(100)), np.arange(100))
     assert peer.keys() == ours.keys()
     assert all(peer[k].dtype == ours[k].dtype and torch.equal(torch.nan_to_num(peer[k]), torch.nan_to_num(ours[k])) for k in ours)

@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from journeys_fixture import ENV_FEATURES, NUM_ITEMS, USER_FEATURES, random_journeys
+from journeys_fixture import ENV_FEATURES, NUM_ITEMS, USER_FEATURES, random_journeys, stored_rows
 
-from gpr_dist.data.collate import JourneyColumns, collate
+from gpr_dist.data.collate import collate
 from gpr_dist.errors import DataError
 from gpr_dist.schema import JOURNEY_SCHEMA, Batch, TokenType
 
@@ -21,7 +21,7 @@ PLAIN_FIELDS = [field for field in dataclasses.fields(Batch) if field.default is
 
 def pack(batch, rows, num_heads=4):
     rows = np.asarray(rows, dtype=np.int64)
-    return collate(JourneyColumns.of(batch).take(rows), rows + 1000, CODES, num_heads, **WIDTHS)
+    return collate(stored_rows(batch).take(rows), rows + 1000, CODES, num_heads, **WIDTHS)
 
 
 def obvious(rows: list[dict], row_ids: list[int], num_heads: int) -> dict[str, list]:
@@ -92,8 +92,8 @@ def test_lookahead_is_label_only():
 def test_slices_and_views_give_the_same_batch():
     journeys = random_journeys(50, 1)
     whole = pack(journeys, np.arange(10, 40))
-    of_a_slice = JourneyColumns.of(journeys.slice(5, 40)).take(np.arange(5, 35))
-    of_views = JourneyColumns.of(journeys).take(np.arange(3, 45)).slice(7, 37)
+    of_a_slice = stored_rows(journeys.slice(5, 40)).take(np.arange(5, 35))
+    of_views = stored_rows(journeys).take(np.arange(3, 45)).slice(7, 37)
     for columns in (of_a_slice, of_views):
         other = collate(columns, np.arange(10, 40) + 1000, CODES, 4, **WIDTHS)
         for field in PLAIN_FIELDS:
@@ -103,8 +103,8 @@ def test_slices_and_views_give_the_same_batch():
 def test_columns_may_be_left_out():
     journeys = random_journeys(30, 2)
     rows = np.random.default_rng(0).permutation(30)
-    some = JourneyColumns.of(journeys.select(["num_context", "num_lookahead", "token_type", "item", "value"])).take(rows).slice(4, 20)
-    every = JourneyColumns.of(journeys).take(rows).slice(4, 20)
+    some = stored_rows(journeys.select(["num_context", "num_lookahead", "token_type", "item", "value"])).take(rows).slice(4, 20)
+    every = stored_rows(journeys).take(rows).slice(4, 20)
     assert some.tokens.keys() == {"token_type", "item", "value"} and not some.sides
     assert all(np.array_equal(values, every.tokens[name], equal_nan=True) for name, values in some.tokens.items())
     assert np.array_equal(some.token_offsets, every.token_offsets)
@@ -144,7 +144,7 @@ def test_item_outside_the_catalogue_is_named(where):
     rows[bad]["item"][position] = NUM_ITEMS + 5
     batch = pa.RecordBatch.from_pylist(rows, JOURNEY_SCHEMA)
     with pytest.raises(DataError, match=rf"part-00000.arrow row {bad}: item 55 .* catalogue has {NUM_ITEMS} items"):
-        collate(JourneyColumns.of(batch).take(np.arange(20)), np.arange(20), CODES, 4, **WIDTHS,
+        collate(stored_rows(batch).take(np.arange(20)), np.arange(20), CODES, 4, **WIDTHS,
                 locate=lambda row: f"part-00000.arrow row {row}")
 
 

@@ -9,10 +9,10 @@ import pyarrow as pa
 import pytest
 import webdataset
 import xxhash
-from journeys_fixture import NUM_ITEMS, random_journeys, write_split
+from journeys_fixture import NUM_ITEMS, random_journeys, stored_rows, write_split
 
 from data_pipeline.shards import ShardConfig, ShardWriter, finished_parts, row_stats, write_manifest
-from gpr_dist.data.collate import JourneyColumns, collate
+from gpr_dist.data.collate import collate
 from gpr_dist.errors import DataError
 from gpr_dist.schema import JOURNEY_SCHEMA, ShardManifest
 
@@ -125,7 +125,7 @@ def test_row_statistics_are_what_collate_makes_of_the_rows():
     codes = np.zeros((NUM_ITEMS, 3), np.int64)
     stats = row_stats(JOURNEYS)
     for row in range(JOURNEYS.num_rows):
-        batch = collate(JourneyColumns.of(JOURNEYS).take(np.array([row])), np.array([row]), codes, 4, 2, 3)
+        batch = collate(stored_rows(JOURNEYS).take(np.array([row])), np.array([row]), codes, 4, 2, 3)
         assert stats[row].tolist() == [batch.num_tokens, batch.num_targets], row
     assert np.array_equal(row_stats(JOURNEYS.slice(50, 60)), stats[50:110])
     assert stats[:, 1].sum() > 100

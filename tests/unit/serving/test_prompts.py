@@ -8,10 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from journeys_fixture import stored_rows
 
 from data_pipeline.events import AD, ORGANIC, encode_events
 from data_pipeline.journeys import JourneyConfig, SplitConfig, Users, build_journeys
-from gpr_dist.data.collate import JourneyColumns, collate
+from gpr_dist.data.collate import collate
 from gpr_dist.hashing import feature_id, hash_strings, time_feature
 from gpr_dist.schema import Action
 from gpr_dist.serving.prompts import build_prompts
@@ -103,7 +104,7 @@ def test_tokens_are_those_of_the_journey_builder(user_tokens, request_ids):
         rows = [batch for split, batch in journeys if split == "test"]
         if not rows or not sum(batch.num_rows for batch in rows):
             continue
-        columns = JourneyColumns.of(pa.Table.from_batches(rows).combine_chunks().to_batches()[0].slice(0, 1)).take(np.array([0]))
+        columns = stored_rows(pa.Table.from_batches(rows).combine_chunks().to_batches()[0].slice(0, 1)).take(np.array([0]))
         expected = collate(columns, np.array([0]), CODES, 1, 2, 2)
         rng.shuffle(events)
         line = {"id": now["request"], "user": user, "user_features": {"age": "old", "mood": "good"}, "time": now["time"],
