@@ -4,6 +4,7 @@ import sys
 
 import bench_decode
 import bench_loader
+import bench_recommend
 import bench_step
 import bench_table1
 import bench_tokenizer
@@ -14,6 +15,7 @@ from gpr_dist.errors import ConfigError, run_cli
 COMMANDS = {
     "decode": (bench_decode.DecodeBenchConfig, bench_decode.run_bench, "requests/s and latency of constrained decoding beside others"),
     "loader": (bench_loader.LoaderBenchConfig, bench_loader.run_bench, "rows/s and MB/s of the streaming loader beside other loaders"),
+    "recommend": (bench_recommend.RecommendBenchConfig, bench_recommend.run_bench, "requests/s and latency of a bundle, JSON to answers"),
     "step": (bench_step.StepBenchConfig, bench_step.run_bench, "training step: rates, MFU, time by part, beside two public models"),
     "tokenizer": (bench_tokenizer.TokenizerBenchConfig, bench_tokenizer.run_bench, "fit and encode speed beside other residual quantizers"),
     "table1": (bench_table1.Table1Config, bench_table1.run_bench, "collision, CUR and PAS of the tokenizer's methods on held-out items"),

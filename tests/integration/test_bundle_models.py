@@ -1,4 +1,4 @@
-"""Every kind of model hands off: a bundle ranks as the rankers of launch/evaluate.py do, by search, item head and mix; and its rules hold."""
+"""Every kind of model hands off: a bundle ranks as the rankers of launch/evaluate.py, by search, item head and mix; its rules hold."""
 
 import json
 import os
