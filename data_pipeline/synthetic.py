@@ -59,29 +59,34 @@ def is_made(config: MarketConfig) -> bool:
 
 
 def make_market(config: MarketConfig) -> MarketSummary:
-    """Write the market of `config` to `config.out`, replacing one that is there; the truth comes last, so that a broken run has none.
+    """Write the market of `config` to `config.out`, in place of an older one there.
 
     Files: items.parquet, users.parquet, targeting.parquet, logs/ads/<day>.parquet, logs/organic/<day>.parquet (both in time order), truth/.
-    Memory: that of the world (users x about 150 bytes + ads) and of one day of log, whatever `chunk_requests`.
+    They are written beside it (`<out>.part`) and moved when all are there. Memory: the world and one day of log; see `describe_plan`.
+    Raises: DataError when `out` holds something else.
     """
     began, cpu_began = time.perf_counter(), time.process_time()
-    _clear(config.out)
+    _check_ours(config.out)
+    part = config.out.with_name(config.out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
     world = build_world(config)
-    _write_tables(world)
+    _write_tables(world, part)
     summary, policy, names = MarketSummary(days=config.num_days), LoggingPolicy(world), _Names(world)
     with ThreadPoolExecutor(1) as writer:
-        pending = []
+        pending: list[Future] = []
         for day in tqdm(range(config.num_days), desc="market", unit="day", mininterval=0.5):
             requests, organic = visits_of_day(world, day)
             label = f"{config.start + timedelta(days=day)}.parquet"
             ads_table = names.ads_table(world, _serve_day(world, policy, requests, summary))
-            organic_table = names.organic_table(world, organic, consumed_items(world, organic))
+            organic_table = names.organic_table(organic, consumed_items(world, organic))
             summary.organic += len(organic)
             _finish(pending)
-            pending = [writer.submit(_write, ads_table, config.out / "logs/ads" / label),
-                       writer.submit(_write, organic_table, config.out / "logs/organic" / label)]
+            pending = [writer.submit(_write, ads_table, part / "logs/ads" / label),
+                       writer.submit(_write, organic_table, part / "logs/organic" / label)]
         _finish(pending)
-    world.save(config.out / "truth")
+    world.save(part / "truth")
+    shutil.rmtree(config.out, ignore_errors=True)
+    part.rename(config.out)
     summary.seconds, summary.cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
     return summary
 
@@ -164,13 +169,13 @@ class _Names:
             "hour": (moment // 3600 % 24).astype(np.int8),
         })
 
-    def organic_table(self, world: World, visits: Visits, item: np.ndarray) -> pa.Table:
+    def organic_table(self, visits: Visits, item: np.ndarray) -> pa.Table:
         """The organic log of a day as it is written."""
         return pa.table({"user_id": self._users.take(pa.array(visits.user_N)), "time": visits.time_N,
                          "item_id": _dictionary(item, self._organic), "channel": _dictionary(visits.placement_N, self._placements)})
 
 
-def _write_tables(world: World) -> None:
+def _write_tables(world: World, folder: Path) -> None:
     """items.parquet, users.parquet, targeting.parquet."""
     config = world.config
     categories = pa.array(category_names(config.num_topics))
@@ -192,15 +197,15 @@ def _write_tables(world: World) -> None:
         "advertiser": pa.nulls(config.num_organic, pa.string()),
         "bid": pa.nulls(config.num_organic, pa.float32()),
     })
-    _write(pa.concat_tables([ads, organic]), config.out / "items.parquet")
+    _write(pa.concat_tables([ads, organic]), folder / "items.parquet")
     age = np.floor(uniform(keys(config.seed, "age", np.arange(config.num_users))) * len(_AGES)).astype(np.int64)
     segments = pa.array([f"segment{number}" for number in range(config.num_segments)])
     _write(pa.table({"user_id": identifiers("user", config.num_users), "segment": _dictionary(world.user_segment_U, segments),
-                     "age": _dictionary(age, pa.array(_AGES))}), config.out / "users.parquet")
+                     "age": _dictionary(age, pa.array(_AGES))}), folder / "users.parquet")
     eligible = [world.eligible_ads(group) for group in range(config.num_groups)]
     group = _dictionary(np.repeat(np.arange(config.num_groups), [len(ads) for ads in eligible]), pa.array(group_names(config)))
     _write(pa.table({"group": group, "item_id": _dictionary(np.concatenate(eligible), identifiers("ad", config.num_ads))}),
-           config.out / "targeting.parquet")
+           folder / "targeting.parquet")
 
 
 def _dictionary(indices: np.ndarray, values: pa.Array) -> pa.DictionaryArray:
@@ -217,13 +222,10 @@ def _finish(pending: list[Future]) -> None:
         future.result()
 
 
-def _clear(out: Path) -> None:
-    """Remove an older market at `out`. Raises: DataError when the folder holds something else."""
+def _check_ours(out: Path) -> None:
     ours = {"logs", "truth", "items.parquet", "users.parquet", "targeting.parquet"}
     if out.exists() and (others := sorted(path.name for path in out.iterdir() if path.name not in ours)):
         raise DataError(f"{out} holds {others[0]}, which is not of a market; give an empty or a new folder as out")
-    for path in out.iterdir() if out.exists() else ():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def describe(config: MarketConfig, summary: MarketSummary) -> str:

@@ -89,7 +89,7 @@ class MarketConfig(Config):
     """click rate of a random ad shown to a random user; what production chooses is clicked several times as often"""
     cvr: float = Field(default=0.04, gt=0, lt=0.5)
     """conversions per click of a random ad"""
-    slot_effects: tuple[float, ...] = (0.0, -0.35, -0.7, -1.1)
+    slot_effects: tuple[float, ...] = Field(default=(0.0, -0.35, -0.7, -1.1), min_length=1, max_length=100)
     """what each slot adds to the click logit; the slot is drawn at random before the ad is chosen"""
     conversion_delay_hours: float = Field(default=14, gt=0)
     """median time from click to conversion; log-normal"""
@@ -114,8 +114,6 @@ class MarketConfig(Config):
         if self.num_groups > 4096:
             problems.append(f"{self.num_groups} eligibility groups (flights x segments x placements) are more than 4096; "
                             "raise flight_days or lower num_segments or num_placements")
-        if not self.slot_effects:
-            problems.append("slot_effects is empty; name at least one slot")
         if self.num_topics > min(self.num_ads, self.num_organic):
             problems.append(f"num_topics={self.num_topics} is more than num_ads={self.num_ads} or num_organic={self.num_organic}")
         if problems:

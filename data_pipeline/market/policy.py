@@ -28,7 +28,7 @@ class LoggingPolicy:
         self._columns = _split_columns(config)
 
     def retrieve(self, requests: Visits, interest_RD: np.ndarray, need_R: np.ndarray) -> np.ndarray:
-        """Candidates int64 [R, K], all eligible; -1 in the rows of groups without an eligible ad."""
+        """Candidates int32 [R, K], all eligible; -1 in the rows of groups without an eligible ad."""
         world, config = self._world, self._world.config
         key_R = keys(config.seed, "retrieval", requests.user_N, requests.time_N)
         draw_RX = uniform(spread(key_R, 1 + _DRAWN_TOPICS))
@@ -43,7 +43,7 @@ class LoggingPolicy:
         groups, which_R = np.unique(group_R, return_inverse=True)
         tables, bounds = zip(*(self._group_index(int(group)) for group in groups), strict=True)
         first_of = np.cumsum([0, *(len(table) for table in tables)])
-        table = np.append(np.concatenate(tables), -1)
+        table = np.concatenate([*tables, np.full(1, -1, np.int32)])
         bounds_GT = np.stack(bounds)
         any_topic = topic_RK < 0
         low = np.where(any_topic, 0, bounds_GT[which_R[:, None], topic_RK])
@@ -79,7 +79,7 @@ class LoggingPolicy:
 
 def _index_of_group(world: World, reach_A: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
     """Eligible ads in the order of topics, each as often as its reach, and where each topic starts [T + 1]."""
-    ads = world.eligible_ads(group)
+    ads = world.eligible_ads(group).astype(np.int32)
     ads = ads[np.argsort(world.ad_topic_A[ads], kind="stable")]
     table = np.repeat(ads, reach_A[ads])
     return table, np.searchsorted(world.ad_topic_A[table], np.arange(world.config.num_topics + 1))

@@ -23,6 +23,7 @@ from data_pipeline.market.config import DAY_S, MarketConfig
 from data_pipeline.market.randomness import generator
 from gpr_dist.config import build_config
 from gpr_dist.errors import DataError
+from gpr_dist.schema import write_atomic
 
 MICRO = 1_000_000  # money is counted in whole millionths, so that sums do not depend on their order
 _TOPIC_SHARPNESS = 8.0  # long-term topics: softmax(_TOPIC_SHARPNESS · z·c)
@@ -125,7 +126,7 @@ class World:
         folder.mkdir(parents=True, exist_ok=True)
         for field in fields(self)[1:]:
             np.save(folder / f"{field.name}.npy", getattr(self, field.name))
-        (folder / "market.json").write_text(self.config.model_dump_json(indent=1))
+        write_atomic(folder / "market.json", self.config.model_dump_json(indent=1).encode())
 
     @classmethod
     def load(cls, folder: Path) -> "World":
