@@ -18,8 +18,8 @@ def bench():
 def tiny(bench, **settings):
     model = {"width": 8, "hsd": {"num_heads": 2, "num_layers": 1}, "ptd": {"num_heads": 2, "num_layers": 1}, "num_levels": 2,
              "codebook_size": 8, "items": {"buckets": 300}, "num_user_features": 1, "num_env_features": 1}
-    return bench.RecommendBenchConfig(**{"items": (300,), "batches": (1, 3), "rankers": RANKERS, "beam": 6, "k": 4, "history": 7, "model": model,
-                                         "max_tokens": 160, "seconds": 0.01, "rounds": 1,
+    return bench.RecommendBenchConfig(**{"items": (300,), "batches": (1, 3), "rankers": RANKERS, "beam": 6, "k": 4, "history": 7,
+                                         "model": model, "max_tokens": 160, "seconds": 0.01, "rounds": 1,
                                          "clock": "cpu", **settings})
 
 
