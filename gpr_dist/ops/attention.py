@@ -29,6 +29,8 @@ AHEAD = 16
 _FLEX_BLOCK = 128
 _PIECE_QUERIES = {"fused": 256, "products": 128}
 """most queries of a piece: fewer leave out more of the keys that none of them reads, and cost more calls"""
+_PADDED_SHARE = 2
+"""inference joins rows of similar length in one call while the padded scores are at most so many times the true ones"""
 _JOINED_QUERIES = 64
 """most queries of short rows that share a piece: a product that is mostly masked costs less than one call per row"""
 _PRODUCTS_MOST_KEYS = 2048
@@ -81,6 +83,12 @@ class Spans:
                                          for (row, _), count, lo, hi in zip(cuts, counts, low, high, strict=True)]
         return self.made["pieces", most]
 
+    def padded(self, dtype: torch.dtype) -> "Padded | None":
+        """All rows in one block, made once for all layers; None where rows differ too much in length, or a query reads nothing."""
+        if ("padded", dtype) not in self.made:
+            self.made["padded", dtype] = None if self.any_empty() else Padded.of(self, dtype)
+        return self.made["padded", dtype]
+
     def any_empty(self) -> bool:
         """Whether a query reads nothing."""
         if "empty" not in self.made:
@@ -119,6 +127,52 @@ class Spans:
         queries = slice(self.query_offsets[row], self.query_offsets[row + 1])
         key_t = torch.arange(self.key_offsets[row], self.key_offsets[row + 1], device=self.first_Q.device)
         return (key_t >= self.first_Q[queries, None]) & (key_t <= self.last_Q[queries, None])
+
+
+@dataclass
+class Padded:
+    """Rows as one block of equal lengths: an index where they have to be filled up, none where they are equal already."""
+
+    shape_q: tuple[int, int]  # rows with queries, queries of the longest
+    shape_t: tuple[int, int]
+    query_index: Tensor | None
+    key_index: Tensor | None
+    back_index: Tensor | None  # of the packed queries
+    add: Tensor | None  # [rows, 1, q, t], None where every query reads every key
+
+    @classmethod
+    def of(cls, spans: Spans, dtype: torch.dtype) -> "Padded | None":
+        offsets_q, offsets_t = np.array(spans.query_offsets), np.array(spans.key_offsets)
+        rows = np.flatnonzero(np.diff(offsets_q))
+        count_q, count_t = np.diff(offsets_q)[rows], np.diff(offsets_t)[rows]
+        shape_q, shape_t = (len(rows), int(count_q.max())), (len(rows), int(count_t.max()))
+        if len(rows) * shape_q[1] * shape_t[1] > _PADDED_SHARE * int((count_q * count_t).sum()):
+            return None
+        device = spans.first_Q.device
+
+        def filled(first: np.ndarray, count: np.ndarray, longest: int) -> np.ndarray:
+            return first[:, None] + np.minimum(np.arange(longest), count[:, None] - 1)  # past its end a row repeats its last one
+
+        queries, keys = filled(offsets_q[rows], count_q, shape_q[1]), filled(offsets_t[rows], count_t, shape_t[1])
+        back_index = np.flatnonzero(np.arange(shape_q[1]) < count_q[:, None])
+        query_index, key_index, back_index = (torch.from_numpy(index.ravel()).to(device) for index in (queries, keys, back_index))
+        key_bt = torch.from_numpy(offsets_t[rows, None] + np.arange(shape_t[1])).to(device)[:, None]
+        first_bq, last_bq = (x.index_select(0, query_index).view(shape_q)[:, :, None] for x in (spans.first_Q, spans.last_Q))
+        allowed_bqt = (key_bt >= first_bq) & (key_bt <= last_bq)
+        add = None
+        if not allowed_bqt.all():
+            add = torch.zeros(allowed_bqt.shape, dtype=dtype, device=device).masked_fill_(~allowed_bqt, float("-inf"))[:, None]
+        same_q, same_t = (count_q == shape_q[1]).all(), len(rows) == len(offsets_t) - 1 and (count_t == shape_t[1]).all()
+        return cls(shape_q, shape_t, None if same_q else query_index, None if same_t else key_index, None if same_q else back_index, add)
+
+    def attend(self, q_QHK: Tensor, k_THK: Tensor, v_THK: Tensor) -> Tensor:
+        """Softmax attention of all rows in one call."""
+        def block(x_THK: Tensor, index: Tensor | None, shape: tuple[int, int]) -> Tensor:
+            return (x_THK if index is None else x_THK.index_select(0, index)).unflatten(0, shape).transpose(1, 2)
+
+        q, k, v = block(q_QHK, self.query_index, self.shape_q), *(block(x, self.key_index, self.shape_t) for x in (k_THK, v_THK))
+        out_QHK = F.scaled_dot_product_attention(q, k, v, attn_mask=self.add).transpose(1, 2).flatten(0, 1)
+        return out_QHK if self.back_index is None else out_QHK.index_select(0, self.back_index)
 
 
 @dataclass
@@ -257,6 +311,8 @@ def _torch(q_QHK: Tensor, k_THK: Tensor, v_THK: Tensor, spans: Spans, score: Sco
         table_HC = None if bias is None else bias.table(_MASKED[score]).to(dtype)
         added = spans.additive(pieces, score, dtype) if bias is None else bias.indices(pieces, spans)
         return _Products.apply(q_QHK, k_THK, v_THK, table_HC, pieces, added, score, 1 / length).to(output_dtype)
+    if not torch.is_grad_enabled() and max(row_lengths) <= _PIECE_QUERIES["fused"] and (padded := spans.padded(dtype)) is not None:
+        return padded.attend(q_QHK, k_THK, v_THK).to(output_dtype)
     pieces = spans.pieces(_PIECE_QUERIES["fused"])
     # Splits, not slices: the backward pass of a slice fills and adds a tensor as large as the whole batch.
     queries, keys, values = q_QHK.split([piece.num_queries for piece in pieces]), k_THK.split(row_lengths), v_THK.split(row_lengths)
