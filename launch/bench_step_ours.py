@@ -402,8 +402,7 @@ def hstu_flops(rows: int, length: int, width: int, num_layers: int) -> dict[str,
 def chunked_softmax(state_nD: Tensor, table_MD: Tensor, next_n: Tensor) -> Tensor:
     """`bench_step_peers.full_softmax`, by our operator."""
     every = torch.arange(len(next_n), device=next_n.device)
-    bias_M = table_MD.new_zeros(len(table_MD))
-    return item_nll(state_nD / TEMPERATURE, F.normalize(table_MD, dim=1), bias_M, every, next_n) / len(next_n)
+    return item_nll(state_nD / TEMPERATURE, F.normalize(table_MD, dim=1), None, every, next_n) / len(next_n)
 
 
 def sampled_softmax(state_nD: Tensor, table_MD: Tensor, next_n: Tensor, num_negatives: int) -> Tensor:
