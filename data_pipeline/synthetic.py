@@ -28,10 +28,13 @@ from data_pipeline.market.truth import Outcomes, Requests, Served, Truth, group_
 from data_pipeline.market.world import MICRO, World, build_world, sigmoid
 from gpr_dist.errors import DataError
 
-__all__ = ["LoggingConfig", "MarketConfig", "MarketSummary", "Outcomes", "Requests", "Served", "Truth", "describe", "is_made",
-           "make_market"]
+__all__ = ["LoggingConfig", "MarketConfig", "MarketSummary", "Outcomes", "Requests", "Served", "Truth", "describe",
+           "describe_plan", "is_made", "make_market"]
 
 _ROW_GROUP = 1 << 20
+_BASE_BYTES = 330_000_000  # of the program itself; this and the next two were measured at 0.2 to 3.4 million events per day
+_BYTES_PER_EVENT_OF_DAY = 180
+_DISK_BYTES_PER_EVENT = 15
 _AGES = ("18-24", "25-34", "35-44", "45-54", "55+")
 
 
@@ -226,6 +229,17 @@ def _check_ours(out: Path) -> None:
     ours = {"logs", "truth", "items.parquet", "users.parquet", "targeting.parquet"}
     if out.exists() and (others := sorted(path.name for path in out.iterdir() if path.name not in ours)):
         raise DataError(f"{out} holds {others[0]}, which is not of a market; give an empty or a new folder as out")
+
+
+def describe_plan(config: MarketConfig) -> str:
+    """What to expect before it is made: events, memory and disk, by arithmetic on the constants above."""
+    per_day = config.num_users * config.events_per_user_day
+    epochs = config.num_days * 24 / config.need_hours
+    memory = (_BASE_BYTES + config.num_users * (8 * config.dim + epochs + 30) + per_day * _BYTES_PER_EVENT_OF_DAY
+              + config.chunk_requests * config.logging.candidates * (4 * config.dim + 100))
+    events = per_day * config.num_days
+    return (f"about {events:,.0f} events ({events * config.request_share:,.0f} requests) in {config.num_groups} eligibility groups; about "
+            f"{memory / 1e9:.1f} GB of memory, {events * _DISK_BYTES_PER_EVENT / 1e9:.2f} GB on disk")
 
 
 def describe(config: MarketConfig, summary: MarketSummary) -> str:

@@ -8,7 +8,7 @@
 from pathlib import Path
 
 from data_pipeline.market.ipinyou import compare
-from data_pipeline.synthetic import MarketConfig, describe, is_made, make_market
+from data_pipeline.synthetic import MarketConfig, describe, describe_plan, is_made, make_market
 from gpr_dist.config import parse_cli, to_yaml
 from gpr_dist.errors import run_cli
 
@@ -26,7 +26,7 @@ def main() -> None:
     config, args = parse_cli(MakeMarketConfig, __doc__, DEFAULT_CONFIG)
     market = MarketConfig(**config.model_dump(exclude={"ipinyou"}))
     if args.dry_run:
-        print(to_yaml(config))
+        print(f"{to_yaml(config)}\n{describe_plan(market)}")
     elif is_made(market):
         print(f"{market.out} is up to date")
     else:

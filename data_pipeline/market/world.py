@@ -75,11 +75,14 @@ class World:
         return self.need_UE[user_N, epoch]
 
     def draw_topic(self, interest_ND: np.ndarray, uniform_NK: np.ndarray) -> np.ndarray:
-        """Topics int64 [N, K] of the long-term interests, from uniform numbers in [0, 1)."""
-        mass = interest_ND @ (self.topic_TD.T * np.float32(_TOPIC_SHARPNESS))
+        """Topics int64 [N, K] of the long-term interests, from uniform numbers in [0, 1).
+
+        In float64: a matrix product rounds by the number of its rows, and in float32 a draw in ten million would depend on the chunk size.
+        """
+        mass = interest_ND.astype(np.float64) @ (self.topic_TD.T * np.float64(_TOPIC_SHARPNESS))
         np.exp(mass, out=mass)
         np.cumsum(mass, axis=1, out=mass)
-        aim = uniform_NK.astype(np.float32) * mass[:, -1:]
+        aim = uniform_NK * mass[:, -1:]
         return np.minimum((aim[:, :, None] >= mass[:, None, :]).sum(2), mass.shape[1] - 1)
 
     def click_match(self, interest_RD: np.ndarray, need_R: np.ndarray, ad_RK: np.ndarray) -> np.ndarray:
