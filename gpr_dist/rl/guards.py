@@ -59,8 +59,10 @@ def item_groups(data_folder: Path, column: str | None, num_items: int) -> np.nda
     if pa.types.is_nested(values.type):
         raise ConfigError(f"guards.group_column={column} holds {values.type} in {path}; name a column with one value per item")
     encoded = values.combine_chunks().dictionary_encode()
-    groups = encoded.indices.fill_null(len(encoded.dictionary)).to_numpy(zero_copy_only=False).astype(np.int64) % MAX_GROUPS
-    return np.concatenate([groups, np.full(num_items - len(groups), MAX_GROUPS - 1)])  # the tokenizer may know younger items
+    unknown = len(encoded.dictionary)
+    groups = encoded.indices.fill_null(unknown).to_numpy(zero_copy_only=False).astype(np.int64)
+    younger = np.full(num_items - len(groups), unknown)  # than this catalogue: the tokenizer may know them
+    return np.concatenate([groups, younger]) % MAX_GROUPS
 
 
 def exposure_sums(log_p_N: Tensor, reference_N: Tensor, batch: Batch, counts_R: Tensor, value_N: Tensor,
