@@ -1,7 +1,8 @@
 """`bench.py loader`: our loader beside others over the same journeys, one process each, repetitions interleaved.
 
 Every contender delivers packed micro-batches of at most `micro_batch_tokens` tokens in shuffled order as torch tensors: offsets,
-num_context, and token_type, block, item, action, scene, timestamp, value end to end, in int64 and float32. Ours also verifies checksums
+num_context, and token_type, block, item, action, scene, timestamp, value end to end, in int64 and float32 or, with `types=stored`, for all
+of them in the types of the schema, which is what training's collate is handed. Ours also verifies checksums
 and balances work in every row of the table; "full batch" is what training gets, with semantic IDs, requests and the targets of four MTP
 heads on top. MB/s counts the raw bytes of the journeys' columns for everybody. Peers do the work in their usual way; where an expert
 could write something faster with the same library, that runs too. Opening is not timed, whole epochs are; ours verifies its checksums
@@ -20,7 +21,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import psutil
@@ -31,7 +34,7 @@ from tqdm import tqdm
 
 from data_pipeline.shards import ShardConfig, ShardWriter, write_manifest
 from gpr_dist.config import Config
-from gpr_dist.data.collate import JourneyColumns
+from gpr_dist.data.collate import STORED, JourneyColumns
 from gpr_dist.data.loader import Loader, LoaderConfig, build_loader
 from gpr_dist.data.sampler import World, pack_in_order
 from gpr_dist.schema import EVERY_AD, JOURNEY_SCHEMA, NO_ITEM, Action, TokenType
@@ -39,6 +42,8 @@ from gpr_dist.schema import EVERY_AD, JOURNEY_SCHEMA, NO_ITEM, Action, TokenType
 COLUMNS = ("token_type", "block", "item", "action", "scene", "timestamp", "value")
 OUR_COLUMNS = ["num_context", "num_lookahead", *COLUMNS]  # a loader of ours counts tokens without look-ahead
 EXPERT = ("datasets, arrow format", "StatefulDataLoader, numpy views", "StatefulDataLoader, numpy views, 2 workers")
+_IDLE_SECONDS = 0.05  # so long without work is the end of it
+_POLL_CPU_SECONDS = 0.0003  # in a millisecond; to look costs a part of that
 Epoch = Callable[[], tuple[int, int]]
 """Runs one epoch; returns rows and tokens delivered."""
 
@@ -58,6 +63,8 @@ class LoaderBenchConfig(Config):
     """tokens of a packed micro-batch"""
     repetitions: int = Field(default=5, ge=1)
     """epochs of each contender; the median counts"""
+    types: Literal["int64", "stored"] = "int64"
+    """of the token columns that every contender delivers: all integers int64, or as they are stored (1 to 8 bytes)"""
     shuffle_buffer: int = Field(default=1000, ge=1)
     """rows in the shuffle buffer of webdataset; the others shuffle the whole epoch"""
     seed: int = 0
@@ -91,8 +98,9 @@ def run_bench(config: LoaderBenchConfig) -> None:
         for name, epoch in tqdm(runs, desc="epochs", file=sys.stderr, mininterval=0.5):
             started, started_cpu = time.perf_counter(), _cpu_seconds()
             delivered = epoch()
-            seconds[name].append(_idle_since() - started)
-            cpu_seconds[name].append(_cpu_seconds() - started_cpu)
+            ended, ended_cpu = _idle_since()
+            seconds[name].append(ended - started)
+            cpu_seconds[name].append(ended_cpu - started_cpu)
             assert delivered == (journeys.num_rows, num_tokens), f"{name} delivered {delivered}, not {(journeys.num_rows, num_tokens)}"
     medians = {name: (statistics.median(seconds[name][1:]), statistics.median(cpu_seconds[name][1:])) for name in epochs}
     _report(config, medians, seconds, absent, row_bytes, num_tokens)
@@ -170,8 +178,8 @@ def _ours(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path, con
                             pack_threads=config.pack_threads)
     loader = build_loader(folder, settings, World(), codes, num_heads=4)
     if not full:
-        loader = Loader(loader.reader, loader.sampling, World(), _columns_only, settings.prefetch_steps, settings.read_threads,
-                        settings.pack_threads, OUR_COLUMNS)
+        loader = Loader(loader.reader, loader.sampling, World(), partial(_columns_only, types=config.types), settings.prefetch_steps,
+                        settings.read_threads, settings.pack_threads, OUR_COLUMNS)
     steps = iter(loader)  # one iterator over all repetitions: it reads ahead into the next epoch, as in training
 
     def epoch() -> tuple[int, int]:
@@ -184,10 +192,15 @@ def _ours(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path, con
     return epoch
 
 
-def _columns_only(journeys: JourneyColumns, *_: object) -> dict[str, torch.Tensor]:
+def _columns_only(journeys: JourneyColumns, *_: object, types: str = "int64") -> dict[str, torch.Tensor]:
     """The tensors that every contender delivers."""
-    columns = {"offsets": journeys.token_offsets, "num_context": journeys.num_context, **journeys.tokens}
-    return {name: torch.from_numpy(values) for name, values in columns.items()}
+    tokens = {name: torch.from_numpy(values.astype(_dtype(name, types), copy=False)) for name, values in journeys.tokens.items()}
+    return {"offsets": torch.from_numpy(journeys.token_offsets), "num_context": torch.from_numpy(journeys.num_context), **tokens}
+
+
+def _dtype(column: str, types: str) -> np.dtype:
+    stored = STORED[column]
+    return np.dtype(np.int64) if types == "int64" and stored.kind != "f" else stored
 
 
 def _webdataset(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path) -> Epoch:
@@ -207,7 +220,7 @@ def _webdataset(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Pat
 
     def epoch() -> tuple[int, int]:
         samples = webdataset.WebDataset(urls, shardshuffle=len(urls), seed=config.seed).shuffle(config.shuffle_buffer).map(decode)
-        return _count(pack(samples, config.micro_batch_tokens))
+        return _count(pack(samples, config.micro_batch_tokens, config.types))
 
     return epoch
 
@@ -228,7 +241,7 @@ def _datasets(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path,
                 yield from _rows(chunk.combine_chunks().to_batches()[0])
 
     def epoch() -> tuple[int, int]:
-        return _count(pack(rows(data.shuffle(seed=config.seed).iter(batch_size=256)), config.micro_batch_tokens))
+        return _count(pack(rows(data.shuffle(seed=config.seed).iter(batch_size=256)), config.micro_batch_tokens, config.types))
 
     return epoch
 
@@ -241,7 +254,7 @@ def _mosaic(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path) -
         for row in _rows(journeys):
             writer.write(row)
     data = StreamingDataset(local=str(folder / "mds"), shuffle=True, shuffle_seed=config.seed, batch_size=64)
-    return lambda: _count(pack(data, config.micro_batch_tokens))
+    return lambda: _count(pack(data, config.micro_batch_tokens, config.types))
 
 
 def _stateful(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path, kind: type) -> Epoch:
@@ -251,7 +264,7 @@ def _stateful(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path,
 
     def epoch() -> tuple[int, int]:
         loader = StatefulDataLoader(rows, batch_size=64, shuffle=True, collate_fn=lambda samples: samples)
-        return _count(pack((row for samples in loader for row in samples), config.micro_batch_tokens))
+        return _count(pack((row for samples in loader for row in samples), config.micro_batch_tokens, config.types))
 
     return epoch
 
@@ -260,8 +273,8 @@ def _stateful_workers(config: LoaderBenchConfig, journeys: pa.RecordBatch, folde
     from torchdata.stateful_dataloader import StatefulDataLoader
 
     batches = _TokenBatches(journeys.column("token_type").value_lengths().to_numpy(), config.micro_batch_tokens, config.seed)
-    loader = StatefulDataLoader(kind(_mapped(journeys, folder)), batch_sampler=batches, collate_fn=_tensors, num_workers=num_workers,
-                                persistent_workers=True)
+    loader = StatefulDataLoader(kind(_mapped(journeys, folder)), batch_sampler=batches, collate_fn=partial(_tensors, types=config.types),
+                                num_workers=num_workers, persistent_workers=True)
     iter(loader)  # starts the workers: now, while this process has no other threads
     return lambda: _count(loader)
 
@@ -321,38 +334,43 @@ def _rows(batch: pa.RecordBatch) -> Iterator[dict]:
     return (views[number] for number in range(len(views)))
 
 
-def pack(rows: Iterable[dict], budget: int) -> Iterator[dict[str, torch.Tensor]]:
+def pack(rows: Iterable[dict], budget: int, types: str) -> Iterator[dict[str, torch.Tensor]]:
     """Rows in the order they come, as packed micro-batches: what all the peers share."""
     held: list[dict] = []
     used = 0
     for row in rows:
         size = len(row["token_type"])
         if held and used + size > budget:
-            yield _tensors(held)
+            yield _tensors(held, types)
             held, used = [], 0
         held.append(row)
         used += size
     if held:
-        yield _tensors(held)
+        yield _tensors(held, types)
 
 
-def _tensors(rows: list[dict]) -> dict[str, torch.Tensor]:
+def _tensors(rows: list[dict], types: str) -> dict[str, torch.Tensor]:
     lengths = [len(row["token_type"]) for row in rows]
     out = {"offsets": torch.from_numpy(np.append(0, np.cumsum(lengths))),
            "num_context": torch.from_numpy(np.array([row["num_context"] for row in rows], np.int64))}
     for name in COLUMNS:
-        kind = np.float32 if name == "value" else np.int64
-        out[name] = torch.from_numpy(np.concatenate([row[name] for row in rows], dtype=kind))
+        out[name] = torch.from_numpy(np.concatenate([row[name] for row in rows], dtype=_dtype(name, types)))
     return out
 
 
-def _idle_since() -> float:
-    """Wait until nothing works any more: a loader that reads ahead pays for what it read for its next epoch."""
-    while True:
-        now, used = time.perf_counter(), _cpu_seconds()
-        time.sleep(0.05)
-        if _cpu_seconds() - used < 0.002:
-            return now
+def _idle_since() -> tuple[float, float]:
+    """Wait until nothing works any more: a loader that reads ahead pays for what it read for its next epoch.
+
+    Returns: `perf_counter` and CPU seconds at that moment.
+    """
+    idle_since = time.perf_counter()
+    idle_cpu = used = _cpu_seconds()
+    while time.perf_counter() < idle_since + _IDLE_SECONDS:
+        time.sleep(0.001)
+        before, used = used, _cpu_seconds()
+        if used - before > _POLL_CPU_SECONDS:
+            idle_since, idle_cpu = time.perf_counter(), used
+    return idle_since, idle_cpu
 
 
 def _cpu_seconds() -> float:

@@ -74,7 +74,7 @@ def collate(journeys: JourneyColumns, row_ids_B: np.ndarray, codes_ML: np.ndarra
     """Pack rows end to end.
 
     Args:
-        journeys: the rows of the micro-batch as `StoredRows.take` gives them, perhaps none; the micro-batch keeps their memory.
+        journeys: the rows of the micro-batch, perhaps none, in the types they are stored in or wider; the micro-batch keeps their memory.
         row_ids_B: global row number of each row, int64, in the same order; only carried along.
         codes_ML: semantic ID of each catalogue item, any integer type.
         num_heads: MTP heads P. Head 0 has every ad of a request as a target; head j ≥ 1 the j-th ad after the request's first
@@ -125,7 +125,7 @@ def collate(journeys: JourneyColumns, row_ids_B: np.ndarray, codes_ML: np.ndarra
         raise DataError(f"{where(int(row_ids_B[row]))}: {g['eligibility_length'][row]} eligibility groups, but an ad in block "
                         f"{request_block_R[short[0]]}; rebuild the shards")
     eligibility_start = np.cumsum(g["eligibility_length"]) - g["eligibility_length"]
-    tensor = torch.from_numpy
+    tensor = lambda values: torch.from_numpy(values if values.dtype.kind == "f" else values.astype(np.int64, copy=False))  # noqa: E731
     return Batch(
         offsets_B1=tensor(offsets_B1), row_ids_B=tensor(row_ids_B), token_type_T=tensor(g["token_type"]),
         block_T=tensor(g["block"]), item_T=tensor(g["item"]), codes_TL=tensor(_codes(g["item"], codes_ML)), action_T=tensor(g["action"]),
@@ -136,7 +136,7 @@ def collate(journeys: JourneyColumns, row_ids_B: np.ndarray, codes_ML: np.ndarra
         request_eligibility_R=tensor(_take(g["eligibility"], _take(eligibility_start, request_row_R) + request_block_R)),
         request_time_R=tensor(_take(g["ad_timestamp"], first_ad)), target_request_N=tensor(target_request),
         target_head_N=tensor(target_head), target_item_N=tensor(_take(g["ad_item"], target_ad)),
-        target_codes_NL=tensor(_take(_take(codes_ML, g["ad_item"]).astype(np.int64), target_ad)),
+        target_codes_NL=tensor(_take(_take(codes_ML, g["ad_item"].astype(np.int64, copy=False)).astype(np.int64), target_ad)),
         target_action_N=tensor(_take(g["ad_action"], target_ad)), target_value_N=tensor(_take(g["ad_value"], target_ad)),
         target_pctr_N=tensor(_take(g["ad_pctr"], target_ad)), target_pcvr_N=tensor(_take(g["ad_pcvr"], target_ad)),
         target_time_N=tensor(_take(g["ad_timestamp"], target_ad)))
@@ -157,6 +157,7 @@ def _split(journeys: JourneyColumns) -> dict[str, np.ndarray]:
         out |= {name: _take(full[name], index) for name in _INPUT_COLUMNS}
     else:
         out |= {name: full[name] for name in _INPUT_COLUMNS}
+    out["item"] = out["item"].astype(np.int64, copy=False)  # as an index
     for name, (offsets, values) in journeys.sides.items():
         out[name], out[f"{name}_length"] = values, np.diff(offsets)
     return out

@@ -64,16 +64,15 @@ class StoredRows:
         return cls(batches, num_context, num_lookahead, names, values_at_CQ[:, batch_R] + begin_CR * itemsize_C1, length_CR * itemsize_C1)
 
     def take(self, rows: np.ndarray) -> JourneyColumns:
-        """A copy of these rows (int64 positions) in this order, with the batch's types: int64 and float32."""
+        """A copy of these rows (int64 positions) in this order, in the types they are stored in."""
         num_bytes_Cn = self.num_bytes_CR[:, rows]
         content = _copy(self.address_CR[:, rows], num_bytes_Cn, self.batches)
         offsets, values, end = {}, {}, 0
         for name, num_bytes_n in zip(self.names, num_bytes_Cn, strict=True):
             begin, end = end, end + int(num_bytes_n.sum())
-            stored = np.frombuffer(content[begin:end], STORED[name])
-            values[name] = stored.astype(np.float32 if stored.dtype.kind == "f" else np.int64, copy=False)
+            values[name] = np.frombuffer(content[begin:end], STORED[name])
             if name in SIDE_COLUMNS or name == "token_type":
-                offsets[name] = np.append(0, np.cumsum(num_bytes_n)) // stored.itemsize
+                offsets[name] = np.append(0, np.cumsum(num_bytes_n)) // STORED[name].itemsize
         return JourneyColumns(self.num_context[rows].astype(np.int64), self.num_lookahead[rows].astype(np.int64), offsets["token_type"],
                               {name: values[name] for name in TOKEN_COLUMNS if name in values},
                               {name: (offsets[name], values[name]) for name in SIDE_COLUMNS if name in values})

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from journeys_fixture import stored_rows
 
@@ -22,11 +23,14 @@ def test_contenders_deliver_everything(tmp_path, capsys):
     assert all(name in printed for name in [*result["results"], *result["absent"]])
 
 
-def test_minimal_and_peer_batches_hold_the_same_tokens(tmp_path):
+@pytest.mark.parametrize("types", ["int64", "stored"])
+def test_minimal_and_peer_batches_hold_the_same_tokens(types):
     config = bench_loader.LoaderBenchConfig(num_rows=100, median_tokens=20)
     journeys = bench_loader.generate_journeys(config)
     views = bench_loader._RowViews(journeys)
-    peer = next(bench_loader.pack((views[i] for i in range(100)), 10**9))
-    ours = bench_loader._columns_only(stored_rows(journeys.select(bench_loader.OUR_COLUMNS)).take(np.arange(100)), np.arange(100))
+    peer = next(bench_loader.pack((views[i] for i in range(100)), 10**9, types))
+    rows = stored_rows(journeys.select(bench_loader.OUR_COLUMNS)).take(np.arange(100))
+    ours = bench_loader._columns_only(rows, np.arange(100), types=types)
     assert peer.keys() == ours.keys()
+    assert (ours["token_type"].dtype == torch.int64) == (types == "int64")
     assert all(peer[k].dtype == ours[k].dtype and torch.equal(torch.nan_to_num(peer[k]), torch.nan_to_num(ours[k])) for k in ours)

@@ -46,9 +46,8 @@ def test_any_rows_of_many_batches_in_any_order(seed, compression):
     for name, lists in as_lists(copied).items():
         assert repr(lists) == repr([expected[row][name] for row in rows]), name  # as text NaN equals NaN
     assert set(copied.tokens) | set(copied.sides) == set(STORED)
-    assert {name: values.dtype for name, values in copied.tokens.items()} == {
-        name: np.dtype("float32" if name in ("value", "pctr", "pcvr") else "int64") for name in TOKEN_COLUMNS}
-    assert all(values.dtype == np.int64 for _, values in copied.sides.values())
+    assert all(values.dtype == STORED[name] for name, values in copied.tokens.items())
+    assert all(values.dtype == STORED[name] for name, (_, values) in copied.sides.items())
 
 
 def test_copies_and_rows_keep_what_they_need():
