@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 from pydantic import Field
-from sklearn.decomposition import TruncatedSVD
 from tqdm import tqdm
 
 from data_pipeline.shards import iter_record_batches
@@ -60,6 +59,8 @@ def cooccurrence_svd(shards: Path, num_items: int, config: CooccurrenceConfig) -
     pmi = np.log(pairs.data * mass_N.sum() / (mass_N[items_M[pairs.row]] * mass_N[items_M[pairs.col]]))
     positive = pmi > 0
     ppmi_MM = sp.csr_matrix((pmi[positive].astype(np.float32), (pairs.row[positive], pairs.col[positive])), shape=pairs.shape)
+    from sklearn.decomposition import TruncatedSVD  # here: a second of every training job's start otherwise
+
     svd = TruncatedSVD(config.dim, random_state=config.seed)
     vectors_MD = svd.fit_transform(ppmi_MM) / np.sqrt(np.maximum(svd.singular_values_, 1e-12))
     norm_M = np.linalg.norm(vectors_MD, axis=1)

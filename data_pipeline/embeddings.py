@@ -10,15 +10,13 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, model_validator
-from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import TfidfVectorizer
 from tqdm import tqdm
 
 from gpr_dist.config import Config
@@ -162,6 +160,8 @@ def fit_texts(texts: pa.ChunkedArray, config: TextConfig, what: str) -> TextSVD:
         rows = np.random.default_rng(config.seed).choice(len(texts), config.max_fit_texts, replace=False)
         texts = texts.take(pa.array(np.sort(rows)))
     vectorizer = _vectorizer(min_df=min(config.min_df, len(texts)), max_features=config.max_features)
+    from sklearn.decomposition import TruncatedSVD  # here: a second of every training job's start otherwise
+
     with tqdm(total=2, desc=f"fit TF-IDF and SVD on {len(texts):,} distinct texts", unit="step", mininterval=0.5) as bar:
         try:
             tfidf_NF = vectorizer.fit_transform(texts.to_pylist())
@@ -179,7 +179,9 @@ def fit_texts(texts: pa.ChunkedArray, config: TextConfig, what: str) -> TextSVD:
     return TextSVD(pa.array(vectorizer.get_feature_names_out().tolist()), vectorizer.idf_.astype(np.float32), components_FD, mean_D)
 
 
-def _vectorizer(**options) -> TfidfVectorizer:
+def _vectorizer(**options) -> Any:
+    from sklearn.feature_extraction.text import TfidfVectorizer  # here: a second of every training job's start otherwise
+
     return TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b", dtype=np.float32, **options)
 
 

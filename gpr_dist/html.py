@@ -11,10 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jinja2
-import matplotlib
+from cycler import cycler
 from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Canvas
 
 SERIES = tuple(f"#0000a{digit}" for digit in range(1, 7))
 """Colours of up to six series; give them to matplotlib, the page shows its own."""
@@ -24,7 +22,7 @@ _STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "", "font.size": 9, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT,
     "xtick.color": FAINT, "ytick.color": FAINT, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "grid.color": FAINT, "grid.alpha": 0.35,
     "grid.linewidth": 0.6, "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
-    "lines.linewidth": 1.8, "legend.frameon": False, "axes.prop_cycle": matplotlib.cycler(color=SERIES),
+    "lines.linewidth": 1.8, "legend.frameon": False, "axes.prop_cycle": cycler(color=SERIES),
 }
 
 
@@ -94,14 +92,17 @@ class Section(NamedTuple):
     parts: Sequence[Part]
 
 
-def draw(paint: Callable[[Axes], None], caption: str, width: float = 5.4, height: float = 3.1) -> Figure:
+def draw(paint: Callable[[Any], None], caption: str, width: float = 5.4, height: float = 3.1) -> Figure:
     """A plot as inline SVG; the same input gives the same bytes.
 
     Args:
-        paint: draws on the axes it is given, in matplotlib's default colours or `SERIES`, `INK` and `FAINT`.
+        paint: draws on the matplotlib axes it is given, in matplotlib's default colours or `SERIES`, `INK` and `FAINT`.
         caption: what is seen and how to read it.
         width, height: inches; the page scales the drawing down where it is narrower.
     """
+    import matplotlib  # here: jobs that draw nothing need not wait for it
+    from matplotlib.figure import Figure as Canvas
+
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": caption}):  # ids must differ between the drawings of one page
         canvas = Canvas(figsize=(width, height), layout="constrained")
         paint(canvas.subplots())

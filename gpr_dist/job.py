@@ -3,6 +3,7 @@
 start.py opens it, launch/plan.py only looks at it.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -152,9 +153,12 @@ def stored_config(source: Path) -> dict[str, Any] | None:
     """The config a run folder, step folder or bundle was made with; nothing but small files is read. None = there is none."""
     if bundle.is_bundle(source):
         return {"model": bundle.read_manifest(source).model}
-    steps = [source] if checkpoint.STEP_FOLDER.fullmatch(source.name) else reversed(checkpoint.list_steps(source))
-    whole = next((step for step in steps if (step / "manifest.json").exists()), None)
-    return checkpoint.read_state(whole)["config"] if whole else None
+    if checkpoint.STEP_FOLDER.fullmatch(source.name):
+        return checkpoint.read_state(source)["config"]
+    for step in reversed(checkpoint.list_steps(source)):
+        with contextlib.suppress(CheckpointError):  # one that is damaged is passed over, as on resume
+            return checkpoint.read_state(step)["config"]
+    return None
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

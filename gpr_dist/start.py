@@ -109,7 +109,7 @@ def open_start(job: Job) -> Start:
     if restored:
         stage = restored.state.get("stage", PretrainConfig.stage)
         if stage != job.config.stage:
-            raise CheckpointError(f"{restored.folder} is of the stage {stage}, this job of the stage {job.config.stage}; choose another "
+            raise CheckpointError(f"{restored.folder} is of the stage {stage}, this job is of the stage {job.config.stage}; choose another "
                                   f"run.name, and init_from={job.run} to start from it")
         job.loader.load_state_dict(restored.state["loader"])
         return Start(restored, Progress(**restored.state["progress"]), restored.state.get("origin"))

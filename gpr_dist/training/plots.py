@@ -1,20 +1,20 @@
 """The picture of a run's loss curves, drawn from its metrics.jsonl."""
 
 from pathlib import Path
+from typing import Any
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 from gpr_dist.training.tracker import read_metrics
 
 
 def plot_losses(run_folder: Path) -> Path:
     """Write `loss.png`: training loss, loss per head and per level, validation loss and HitR over steps. Returns its path."""
+    from matplotlib.figure import Figure  # here: only rank 0 draws, at the end
+
     lines = read_metrics(run_folder / "metrics.jsonl")
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4), constrained_layout=True)
+    figure = Figure(figsize=(15, 4), layout="constrained")
+    axes = figure.subplots(1, 3)
     _curves(axes[0], lines, ["loss", "validation/loss"], "loss, weighted over heads (nats)")
     keys = sorted({key for line in lines for key in line})
     _curves(axes[1], lines, [k for k in keys if k.startswith(("loss_head/", "loss_level/"))], "loss by head and level (nats)")
@@ -22,11 +22,10 @@ def plot_losses(run_folder: Path) -> Path:
     figure.suptitle(run_folder.name)
     path = run_folder / "loss.png"
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     return path
 
 
-def _curves(axis: plt.Axes, lines: list[dict], keys: list[str], title: str) -> None:
+def _curves(axis: Any, lines: list[dict], keys: list[str], title: str) -> None:
     for key in keys:
         points = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
         if not points:

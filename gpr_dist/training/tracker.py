@@ -12,7 +12,6 @@ import uuid
 from pathlib import Path
 from typing import Any, Literal
 
-import wandb
 from tqdm import tqdm
 
 from gpr_dist.config import Config
@@ -113,6 +112,8 @@ def _start_wandb(config: TrackerConfig, run_folder: Path, resolved_config: dict[
     if mode == "disabled":
         return None
     try:
+        import wandb  # here: half a second that jobs and ranks without it need not wait
+
         settings = wandb.Settings(silent=True, init_timeout=20)
         return wandb.init(project=config.project, name=run_folder.name, id=_run_id(run_folder), resume="allow", dir=str(run_folder),
                           config=resolved_config, mode=mode, settings=settings)
