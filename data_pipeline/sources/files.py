@@ -231,7 +231,7 @@ class FilesSource(Source):
     def read_eligibility(self) -> Iterator[pa.Table]:
         config = self._config.eligibility
         for rows in read_table(config, _needed(config)) if config else ():
-            group = pc.index_in(as_strings(rows[config.group]), self._group_keys)
+            group = pc.index_in(as_strings(rows[config.group]).cast(pa.string()), self._group_keys)
             if group.null_count:
                 raise DataError(f"{config.path}: {group.null_count:,} rows have no {config.group}; every row needs a group")
             yield pa.table({"group": group, "item_id": as_strings(rows[config.item_id])})
@@ -242,7 +242,8 @@ class FilesSource(Source):
         config = self._config.eligibility
         keys = pa.array([], pa.string())
         for rows in read_table(config, [config.group]) if config else ():
-            keys = pc.unique(pa.concat_arrays([keys, pc.unique(as_strings(rows[config.group])).drop_null()]))
+            found = pc.unique(as_strings(rows[config.group]).cast(pa.string())).drop_null()  # the column may be dictionary-encoded
+            keys = pc.unique(pa.concat_arrays([keys, found]))
         return keys.take(pc.sort_indices(keys))
 
     def _to_events(self, rows: pa.Table, log: LogConfig, file: str, first_row: int, malformed: list[str]) -> SourceBatch:
@@ -258,7 +259,7 @@ class FilesSource(Source):
             if (column := getattr(log, name)) is not None:
                 table[name] = as_strings(rows[column])
         if log.eligibility is not None:
-            key = as_strings(rows[log.eligibility])
+            key = as_strings(rows[log.eligibility]).cast(pa.string())
             group = pc.index_in(key, self._group_keys)
             table["eligibility"] = pc.if_else(pc.is_null(key), pa.scalar(EVERY_AD, pa.int32()), group)
         for prefix, features in (("user", log.user_features), ("env", log.env_features)):

@@ -19,7 +19,7 @@ from data_pipeline.sources.movielens import MovieLensConfig
 from data_pipeline.sources.tables import TableFiles, find_files
 from gpr_dist.config import build_config
 from gpr_dist.errors import ConfigError, DataError
-from gpr_dist.schema import Action
+from gpr_dist.schema import EVERY_AD, Action
 
 
 def events_of(source):
@@ -103,6 +103,23 @@ def test_flags_take_the_strongest_and_row_groups_keep_row_numbers(tmp_path, monk
     rows, bad = events_of(source)
     assert [r["action"] for r in rows] == [Action.CLICK, Action.CONVERSION, Action.IMPRESSION, Action.CONVERSION]
     assert bad.shown == [f"{tmp_path / 'x.parquet'} row 4: missing item id"]
+
+
+def test_eligibility_keys_may_be_dictionary_encoded(tmp_path):
+    """As pandas categories and pyarrow dictionaries come out of Parquet."""
+    def encoded(values):
+        return pa.array(values).dictionary_encode()
+    pq.write_table(pa.table({"u": encoded(["a", "b", "c", "d"]), "i": encoded(["1", "2", "1", "2"]), "t": [1, 2, 3, 4],
+                             "where": encoded(["ch", "at", None, "xx"])}), tmp_path / "x.parquet")
+    pq.write_table(pa.table({"where": encoded(["ch", "at", "ch"]), "i": encoded(["1", "2", "2"])}), tmp_path / "targeting.parquet")
+    source = open_source(build_config(FilesConfig, {"format": "files", "logs": [{
+        "path": str(tmp_path / "x.parquet"), "user_id": "u", "item_id": "i", "timestamp": "t", "time_format": "s", "kind": "ad",
+        "action": "click", "eligibility": "where"}],
+        "eligibility": {"path": str(tmp_path / "targeting.parquet"), "group": "where", "item_id": "i"}}, "test"))
+    rows, bad = events_of(source)
+    assert [row["eligibility"] for row in rows] == [1, 0, EVERY_AD] and dict(bad.reasons) == {"unknown eligibility group": 1}
+    assert pa.concat_tables(source.read_eligibility()).to_pylist() == [
+        {"group": 1, "item_id": "1"}, {"group": 0, "item_id": "2"}, {"group": 1, "item_id": "2"}]
 
 
 def test_sequence_formats(tmp_path):
