@@ -98,14 +98,13 @@ def _serve_day(world: World, policy: LoggingPolicy, requests: Visits, summary: M
     """Auction the requests of a day chunk by chunk. Returns: numpy columns of the filled ones."""
     spent_V = np.zeros(world.config.num_advertisers, np.int64)
     chunks = [_serve(world, policy, requests[slice(first, first + world.config.chunk_requests)], summary.requests + first, spent_V)
-              for first in range(0, len(requests), world.config.chunk_requests)]
-    columns = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]} if chunks else {}
+              for first in range(0, max(len(requests), 1), world.config.chunk_requests)]  # a day without requests has its columns too
+    columns = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
     summary.requests += len(requests)
-    if columns:
-        summary.unfilled += len(requests) - len(columns["user"])
-        summary.clicks += int(columns["clicked"].sum())
-        summary.conversions += int(columns["converted"].sum())
-        summary.late_conversions += int(columns["late"].sum())
+    summary.unfilled += len(requests) - len(columns["user"])
+    summary.clicks += int(columns["clicked"].sum())
+    summary.conversions += int(columns["converted"].sum())
+    summary.late_conversions += int(columns["late"].sum())
     summary.spend += float(spent_V.sum() / MICRO)
     summary.exhausted += int((spent_V >= world.budget_V).sum())
     return columns

@@ -39,6 +39,8 @@ class LoggingPolicy:
         topic_RK[:, :need_columns] = believed_R[:, None]
         for column in range(need_columns, need_columns + taste_columns):
             topic_RK[:, column] = topic_RX[:, column % _DRAWN_TOPICS]
+        if not len(requests):
+            return np.zeros((0, config.logging.candidates), np.int32)
         group_R = world.group(requests.user_N, requests.time_N, requests.placement_N)
         groups, which_R = np.unique(group_R, return_inverse=True)
         tables, bounds = zip(*(self._group_index(int(group)) for group in groups), strict=True)

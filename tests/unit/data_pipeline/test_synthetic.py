@@ -121,6 +121,14 @@ def test_requests_without_an_eligible_ad_are_counted_and_not_logged(tmp_path):
     assert set(log["group"]) <= set(targeting["group"])
 
 
+def test_days_without_requests(tmp_path):
+    config = small_market(tmp_path / "raw", num_users=2, events_per_user_day=0.5)
+    summary = make_market(config)
+    assert summary.requests < config.num_days and len(ad_log(config.out)) == summary.requests - summary.unfilled
+    assert len(list(config.out.glob("logs/ads/*.parquet"))) == config.num_days
+    Truth.load(config.out)
+
+
 # --- time -------------------------------------------------------------------------------------------------------------------------
 
 
