@@ -33,6 +33,7 @@ from data_pipeline.shards import ShardConfig, ShardWriter, finished_parts, write
 from data_pipeline.sources import SourceConfig, open_source
 from data_pipeline.sources.base import Source, Task
 from data_pipeline.spill import Spill, batch_to_records, read_columns, read_partition, records_to_table
+from data_pipeline.value_names import NAMES_FILE, ValueNames, add_names, count_names, write_names
 from gpr_dist.config import Config
 from gpr_dist.errors import ConfigError, DataError
 from gpr_dist.hashing import bucket_of, check_collisions, feature_id, hash_strings
@@ -102,7 +103,7 @@ def build_data(config: BuildConfig) -> Path:
         return out
     plan = _start(config, source, key)
     with _workers(config.num_workers) as pool:
-        bad_rows, counts = _read_logs(config, plan, source, pool)
+        bad_rows, counts, names = _read_logs(config, plan, source, pool)
         bad_rows.check(config.max_bad_frac)
         if bad_rows.total == bad_rows.bad:
             raise DataError(f"the logs of {config.source.format} hold no usable row ({bad_rows.total:,} read); nothing to build")
@@ -111,6 +112,8 @@ def build_data(config: BuildConfig) -> Path:
         counts.update(_write_shards(config, plan, pool))
     manifests = {split: write_manifest(out / "shards" / split, split, plan.user_features, plan.env_features, catalogue.fingerprint,
                                        catalogue.num_items) for split in reversed(SPLITS)}  # training starts when it sees the first split
+    add_names(_read_json(out / ".build" / NAMES_FILE) or {}, names)
+    write_names(names, out)
     _report(bad_rows, counts, catalogue, manifests, time.monotonic() - started)
     summary = {"key": key, "rows": bad_rows.total, "bad_rows": dict(bad_rows.reasons), "counts": dict(counts),
                "journeys": config.journeys.model_dump(mode="json"), "num_profile_features": len(source.profile_features)}
@@ -164,7 +167,7 @@ def _num_buckets(config: BuildConfig, rows: int) -> int:
 
 # ---------------------------------------------------------------------------------------------------------------- pass 1
 
-def _read_logs(config: BuildConfig, plan: _Plan, source: Source, pool: Executor | None) -> tuple[BadRows, Counter]:
+def _read_logs(config: BuildConfig, plan: _Plan, source: Source, pool: Executor | None) -> tuple[BadRows, Counter, ValueNames]:
     tasks = source.tasks()
     done = config.out / ".build" / "tasks"
     done.mkdir(exist_ok=True)
@@ -173,12 +176,13 @@ def _read_logs(config: BuildConfig, plan: _Plan, source: Source, pool: Executor 
         bar.update(sum(task.num_rows for task in tasks) - sum(task.num_rows for task in left))
         for task in _run(pool, _read_task, [(config, plan, task) for task in left]):
             bar.update(task.num_rows)
-    bad_rows, counts = BadRows(), Counter()
+    bad_rows, counts, names = BadRows(), Counter(), {}
     for task in tasks:
         result = _read_json(done / f"{task.order:06d}.json")
+        add_names(result.get("names", {}), names)
         bad_rows.add(BadRows(result["total"], Counter(result["reasons"]), result["shown"]))
         counts.update(result["counts"])
-    return bad_rows, counts
+    return bad_rows, counts, names
 
 
 def _read_task(config: BuildConfig, plan: _Plan, task: Task) -> Task:
@@ -190,12 +194,14 @@ def _read_task(config: BuildConfig, plan: _Plan, task: Task) -> Task:
     events = Spill(work / "events", name, plan.num_buckets, config.memory_limit_bytes // 4)
     users = Spill(work / "users", name, plan.num_buckets, config.memory_limit_bytes // 16)
     items = ItemCollector(work / "sightings", name, plan.num_partitions, config.memory_limit_bytes // 16)
-    bad_rows, counts, seen = BadRows(), Counter(), _Distinct(config.memory_limit_bytes // 16)
+    bad_rows, counts, names, seen = BadRows(), Counter(), {}, _Distinct(config.memory_limit_bytes // 16)
+    features = [(f"user.{name}", name) for name in source.user_features] + [(f"env.{name}", name) for name in source.env_features]
     for batch in source.read_events(task):
         rows = validate_events(batch, bad_rows)
         if not rows.num_rows:
             continue
         records = encode_events(rows, source.user_features, source.env_features)
+        count_names(rows, {"scene": "scene", **dict(features)}, names)
         bucket = bucket_of(records["user"], plan.num_buckets)
         events.add(bucket, records_to_table(records))
         items.add(rows["item_id"], records["item"], records["kind"], records["timestamp"])
@@ -206,7 +212,7 @@ def _read_task(config: BuildConfig, plan: _Plan, task: Task) -> Task:
         counts["organic events"] += int((records["kind"] == ORGANIC).sum())
     for part in (events, users, items):
         part.close()
-    result = {"total": bad_rows.total, "reasons": dict(bad_rows.reasons), "shown": bad_rows.shown, "counts": dict(counts)}
+    result = {"total": bad_rows.total, "reasons": dict(bad_rows.reasons), "shown": bad_rows.shown, "counts": dict(counts), "names": names}
     write_atomic(work / "tasks" / f"{task.order:06d}.json", json.dumps(result).encode())
     return task
 
@@ -263,10 +269,11 @@ def _build_catalogue(config: BuildConfig, plan: _Plan, source: Source) -> Catalo
 
 
 def _collect_profiles(config: BuildConfig, plan: _Plan, source: Source) -> None:
-    names = source.profile_features
+    names, counted = source.profile_features, {}
     spill = Spill(config.out / ".build" / "profiles", "users", plan.num_buckets, config.memory_limit_bytes // 8)
     for users in tqdm(source.read_users() if names else (), desc="users table", unit="batch", mininterval=0.5):
         hashes = hash_strings(users["user_id"])
+        count_names(users, {name: name for name in names}, counted)
         records = np.zeros(users.num_rows, _profile_dtype(len(names)))
         records["user"] = hashes
         for column, name in enumerate(names):
@@ -274,6 +281,7 @@ def _collect_profiles(config: BuildConfig, plan: _Plan, source: Source) -> None:
         records = records[hashes != 0]
         spill.add(bucket_of(records["user"], plan.num_buckets), records_to_table(records))
     spill.close()
+    write_atomic(config.out / ".build" / NAMES_FILE, json.dumps(counted).encode())
 
 
 def _build_eligibility(config: BuildConfig, source: Source, catalogue: Catalogue) -> None:

@@ -27,7 +27,7 @@ from gpr_dist.evaluation.evaluate import GenerativeRanker
 from gpr_dist.evaluation.exposure import read_advertisers
 from gpr_dist.evaluation.intervals import BootstrapConfig
 from gpr_dist.evaluation.item_ranker import ItemRanker
-from gpr_dist.evaluation.names import check_names
+from gpr_dist.evaluation.names import check_names, read_value_names
 from gpr_dist.evaluation.rankings import Ranker, Requests
 from gpr_dist.evaluation.report import build_report, format_text
 from gpr_dist.evaluation.report_page import report_page
@@ -127,7 +127,8 @@ def main() -> int:
         values = evaluate_values(predict_values(model, batches("validation"), device), predicted)
         head_score_N = score_targets(predicted, requests)
     found = build_report(requests, models, catalogue.eligibility, leaves(catalogue), config.settings.ks, config.bootstrap,
-                         target_features(requests.log, manifest.user_features, manifest.env_features, features), advertiser_I, head_score_N)
+                         target_features(requests.log, manifest.user_features, manifest.env_features, features), advertiser_I, head_score_N,
+                         read_value_names(data.folder))
     write_report({"checkpoint": str(folder), "data": str(data.folder), "split": config.split, "models": models, "ks": config.settings.ks,
                   "exclude_seen": compare.exclude_seen, "level": config.bootstrap.level, **found, "values": values, "mix": mixed,
                   "settings": config.model_dump(mode="json")}, out)

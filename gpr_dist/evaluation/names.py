@@ -1,9 +1,11 @@
-"""Names a user may choose from: rankers, metrics, features."""
+"""Names a user may choose from (rankers, metrics, features), and the names of hashed categories in a report."""
 
 import difflib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from gpr_dist.errors import ConfigError
+from gpr_dist.errors import ConfigError, DataError
 
 
 def check_names(setting: str, found: Sequence[str], known: Sequence[str]) -> None:
@@ -23,3 +25,16 @@ def check_metric(setting: str, metric: str, names: Sequence[str], longest: int) 
     if not k.isdigit() or not 1 <= int(k) <= longest:
         raise ConfigError(f"{setting}: {metric!r} needs a cut-off from 1 to {longest} (the largest of settings.ks), e.g. "
                           f"{name}@{min(10, longest)}")
+
+
+def read_value_names(data: Path) -> Mapping[str, Mapping[int, str]]:
+    """Feature (or "scene") → category → name, the frequent ones, as the build has written them down; empty where it has not.
+
+    Raises: DataError when the file is damaged.
+    """
+    path = data / "value_names.json"
+    try:
+        content = json.loads(path.read_bytes()) if path.exists() else {}
+        return {feature: {int(category): str(name) for category, name in names.items()} for feature, names in content.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"{path} cannot be read ({error}); remove it, and reports show numbers instead of names") from None

@@ -24,13 +24,15 @@ from gpr_dist.evaluation.value_order import order_by_value
 
 def build_report(requests: Requests, models: Sequence[str], eligibility: Eligibility, leaf_I: np.ndarray, ks: Sequence[int],
                  bootstrap: BootstrapConfig, features: Mapping[str, np.ndarray] | None = None, advertiser_I: np.ndarray | None = None,
-                 value_scores: Mapping[str, np.ndarray] | None = None) -> dict[str, Any]:
+                 value_scores: Mapping[str, np.ndarray] | None = None,
+                 value_names: Mapping[str, Mapping[int, str]] | None = None) -> dict[str, Any]:
     """Measure every ranking of `requests`.
 
     Args:
         models: the rankers that are compared with all others; the others are baselines.
         leaf_I: number of each catalogue item's semantic ID, < 0 = none.
         features: category of every target by feature name, for segments.
+        value_names: what the categories of features and scenes are called, `names.read_value_names`.
         value_scores: further orders of the shown ads by name, e.g. the value head's: a score of each target, [N], NaN = not scored.
     Returns:
         results: ranker -> metric -> number (names: `measure_ranking`), and its counts. intervals: ranker -> metric -> [low, high].
@@ -40,7 +42,7 @@ def build_report(requests: Requests, models: Sequence[str], eligibility: Eligibi
     """
     log, rankings = requests.log, requests.rankings
     groups, k = user_groups(log), ks[0]
-    kinds = find_segments(log, features)
+    kinds = find_segments(log, features, value_names)
     segment_SN = {f"{kind}|{name}": inside_N for kind, segments in kinds.items() for name, inside_N in segments.items()}
     ranked = {name: measure_ranking(log, ranking, leaf_I, ks, groups) for name, ranking in rankings.items()}
     sums = {name: Sums.join([ranked[name], measure_segments(log, ranking, segment_SN, k, groups)]) for name, ranking in rankings.items()}

@@ -132,6 +132,11 @@ def test_what_a_build_holds(logs, built):
         for row in rows.slice(0, 20).to_pylist():
             assert all(kinds[i] == AD for i, t in zip(row["item"], row["token_type"], strict=True) if t == TokenType.I)
     assert targets == ads.num_rows
+    names = json.loads((built / "value_names.json").read_text())  # of every category there is, as few as these are
+    test = rows_of(built, "test")
+    for feature, stored in (("scene", test["scene"]), ("gender", test["user_features"])):
+        assert set(map(str, np.concatenate(stored.to_pylist()).tolist())) - {"0"} <= names[feature].keys()
+    assert names.keys() == {"scene", "gender", "slot", "hour"} and "7" in names["hour"].values()
     assert not (built / ".build").exists()
 
 
@@ -193,15 +198,15 @@ build.build_data(load_config(build.BuildConfig, sys.argv[1]))
 """
 
 
-@pytest.mark.parametrize("step", [1, 2, 4, 6, 8, 9])
+@pytest.mark.parametrize("step", [1, 2, 4, 5, 7, 9, 10])
 def test_killed_anywhere_then_finished(logs, built, tmp_path, step):
-    """Killed when the n-th marker is about to be written (plan, 2 tasks, 5 buckets, summary): the restart gives the same bytes."""
+    """Killed when the n-th marker is about to be written (plan, 2 tasks, names of the profiles, 5 buckets, summary): the restart gives the same bytes."""
     out = tmp_path / "data"
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings(logs, out)))
     result = subprocess.run([sys.executable, "-c", KILL, str(tmp_path / "config.yaml"), str(step)], capture_output=True, cwd=REPO,
                             env=os.environ | {"PYTHONPATH": str(REPO)})
     assert result.returncode == 9, result.stderr.decode()
-    assert len(list(out.rglob("manifest.json"))) == (3 if step == 9 else 0)
+    assert len(list(out.rglob("manifest.json"))) == (3 if step == 10 else 0)
     assert digest(build_data(config(logs, out))) == digest(built)
 
 

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from journey_logs import NUM_ITEMS, eligibility, random_users, to_batches
 
+from gpr_dist.errors import DataError
 from gpr_dist.evaluation import intervals, measures, value_order
 from gpr_dist.evaluation.baselines import BaselineConfig, Ranking, popularity, rank_baselines
 from gpr_dist.evaluation.exposure import count_exposure, find_candidates, measure_exposure
 from gpr_dist.evaluation.intervals import BootstrapConfig, interval, replicate
 from gpr_dist.evaluation.journey_log import read_log
 from gpr_dist.evaluation.measures import Sums, UserSums, leaf_ranks, measure_ranking, measure_segments, user_groups
+from gpr_dist.evaluation.names import read_value_names
 from gpr_dist.evaluation.segments import find_segments
 from gpr_dist.evaluation.value_order import order_by_value
 
@@ -104,6 +106,18 @@ def test_segments_are_parts_of_the_whole_and_know_what_came_before():
         of_kind = [row for row, name in enumerate(parts.names) if name.startswith(f"hitr@5|{kind}|")]
         assert parts.numerator_MU[of_kind].sum() == pytest.approx(whole.numerator_MU[0].sum())
     assert whole.means()["hitr@5|all"] == pytest.approx(measure_ranking(log, rankings["popularity"], LEAF, (5,), groups).means()["hitr@5"])
+
+
+def test_categories_are_called_what_the_log_calls_them(tmp_path):
+    log, _ = opened(2)
+    assert read_value_names(tmp_path) == {}
+    (tmp_path / "value_names.json").write_text('{"colour": {"1": "red", "2": "others", "0": "never"}, "other": {"1": "x"}}')
+    kinds = find_segments(log, {"colour": log.target_item_N % 3, "shape": log.target_item_N % 2}, read_value_names(tmp_path))
+    assert kinds["colour"].keys() == {"unknown", "red", "others #2"} and kinds["shape"].keys() == {"unknown", "#1"}
+    assert kinds["colour"]["red"].tolist() == (log.target_item_N % 3 == 1).tolist()
+    (tmp_path / "value_names.json").write_text("[1]")
+    with pytest.raises(DataError, match=r"value_names.json cannot be read"):
+        read_value_names(tmp_path)
 
 
 def test_bootstrap_of_users_is_as_wide_as_the_textbook_says(monkeypatch):
