@@ -3,6 +3,7 @@
 import sys
 
 import bench_decode
+import bench_hepo
 import bench_loader
 import bench_recommend
 import bench_step
@@ -14,6 +15,7 @@ from gpr_dist.errors import ConfigError, run_cli
 
 COMMANDS = {
     "decode": (bench_decode.DecodeBenchConfig, bench_decode.run_bench, "requests/s and latency of constrained decoding beside others"),
+    "hepo": (bench_hepo.HepoBenchConfig, bench_hepo.run_bench, "rollouts and updates of the policy optimisation per second"),
     "loader": (bench_loader.LoaderBenchConfig, bench_loader.run_bench, "rows/s and MB/s of the streaming loader beside other loaders"),
     "recommend": (bench_recommend.RecommendBenchConfig, bench_recommend.run_bench, "requests/s and latency of a bundle, JSON to answers"),
     "step": (bench_step.StepBenchConfig, bench_step.run_bench, "training step: rates, MFU, time by part, beside two public models"),

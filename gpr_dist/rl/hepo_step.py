@@ -49,6 +49,7 @@ class Parts:
     reference: list[Tensor] | None = None  # `Engine.copy_weights` of the start weights
     rehearse: Callable[[Batch, int], Batch] | None = None  # (micro-batch, step) → requests to come of its users, rolled out beside it
     truth: RewardModel | None = None  # watched by a guard, never learned from
+    clock: Callable[[], float] = time.perf_counter  # of the metrics; launch/bench.py may count processor time
     order: Order | None = None  # (score, value, request) → ndcg_Q, agreeing_Q, pairs_Q: `evaluation.value_order.order_by_value`
 
 
@@ -68,10 +69,10 @@ class StepOutcome:
 def hepo_step(parts: Parts, data: Step, step: int, old: list[Tensor] | None, scale: RewardScale, guards: Guards, lr: float,
               stop: bool) -> StepOutcome:
     """Args: old: weights of pi_old; None = they are the current ones. scale, guards: take the step in. Collective."""
-    engine, config, started = parts.engine, parts.config, time.perf_counter()
+    engine, config, started = parts.engine, parts.config, parts.clock()
     guarded = guards.is_due(step)
     rolled = _roll_out(parts, data, step, old, guarded or config.kl_weight > 0 or config.algorithm == "dpo")
-    rolled_s = time.perf_counter() - started
+    rolled_s = parts.clock() - started
     logged, weighing_metrics = _logged_ads(parts, data)
     facts = _reduced(engine, _facts(rolled, data, logged))
     groups, candidates = max(1.0, facts["groups"]), max(1.0, facts["candidates"])
@@ -107,7 +108,7 @@ def hepo_step(parts: Parts, data: Step, step: int, old: list[Tensor] | None, sca
     found = dict(zip(names, reduced[:len(names)].tolist(), strict=True))
     flags, stop_sum, exposure_G = reduced[len(names):].split([engine.world_size, 1, len(exposure_G)])
     grad_norm, applied = engine.step(lr, apply=not flags.any())
-    seconds = time.perf_counter() - started
+    seconds = parts.clock() - started
     metrics = _metrics(found, facts, config, candidates, groups) | weighing_metrics | {
         "grad_norm": grad_norm, "lr": lr, "rollout_s": rolled_s, "update_s": seconds - rolled_s, "seconds": seconds,
         "candidates_per_s": facts["sampled"] / seconds}
