@@ -200,7 +200,7 @@ build.build_data(load_config(build.BuildConfig, sys.argv[1]))
 
 @pytest.mark.parametrize("step", [1, 2, 4, 5, 7, 9, 10])
 def test_killed_anywhere_then_finished(logs, built, tmp_path, step):
-    """Killed when the n-th marker is about to be written (plan, 2 tasks, names of the profiles, 5 buckets, summary): the restart gives the same bytes."""
+    """Killed when the n-th marker is about to be written (plan, 2 tasks, names, 5 buckets, summary): the restart gives the same bytes."""
     out = tmp_path / "data"
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings(logs, out)))
     result = subprocess.run([sys.executable, "-c", KILL, str(tmp_path / "config.yaml"), str(step)], capture_output=True, cwd=REPO,
