@@ -32,6 +32,11 @@ class LabelConfig(Config):
     """actions: a logged ad was clicked or not, converted or not. sampled_negatives: the logged ads were taken, other eligible ones not"""
     negatives: int = Field(20, ge=1)
     """sampled_negatives: eligible ads drawn uniformly per request"""
+    unshown: int = Field(4, ge=0)
+    """actions: eligible ads that were not shown, drawn uniformly per request, for the third task of the rankers"""
+    shown_weight: float = Field(0.25, ge=0)
+    """actions: weight of telling shown from unshown ads beside telling clicks. Clicks are few, and the log has them for shown ads only;
+    what makes an ad worth showing is learned from every impression, and shares its features with pCTR"""
     conversions: bool = True
     """learn pCVR; false = the logs know no conversions, and pCVR is 0"""
     maturity_s: float = Field(0.0, ge=0)
@@ -45,7 +50,8 @@ class Examples(NamedTuple):
     item_N: Tensor  # int64
     click_N: Tensor  # float32, 0 or 1
     convert_N: Tensor  # float32, 0 or 1; NaN where unknown: not clicked, or too young
-    weight_N: Tensor  # float32, how many pairs of the full data an example stands for; for measuring, not for training
+    weight_N: Tensor  # float32, how many pairs of the full data an example stands for; 0 = only of the task shown or not
+    logged_N: Tensor  # bool, false: a drawn ad
 
 
 @dataclass
@@ -56,53 +62,53 @@ class Labeller:
     eligibility: Eligibility
     last_timestamp: int  # of the split, seconds
     seed: int = 0
+    training: bool = True  # false: without unshown ads
 
     def __call__(self, batch: Batch) -> Examples:
         """Raises: DataError when a group of the batch has no eligible ad to draw."""
         head_0 = batch.target_head_N == 0
         request_N, item_N, action_N = batch.target_request_N[head_0], batch.target_item_N[head_0], batch.target_action_N[head_0]
-        click_N = (action_N >= Action.CLICK).float()
-        if self.config.kind == "sampled_negatives":
-            request_N, item_N, click_N, action_N, weight_N = self._with_negatives(batch, request_N, item_N, action_N)
-        else:
-            weight_N = torch.ones_like(click_N)
-        mature_N = batch.request_time_R[request_N] <= self.last_timestamp - self.config.maturity_s
-        known_N = (click_N > 0) & mature_N
+        taken = self.config.kind == "sampled_negatives"
+        num_items = self.eligibility.num_items
+        key_N = request_N * num_items + item_N
+        if taken:  # an ad taken twice at a request, e.g. two in one basket, is one example with its strongest action
+            key_N, which = torch.unique(key_N, return_inverse=True)
+            action_N = torch.zeros_like(key_N).scatter_reduce_(0, which, action_N, "amax")
+        drawn_D, size_D = self._draw(batch, self.config.negatives if taken else self.config.unshown if self.training else 0, key_N)
+        request_N, item_N = torch.cat([key_N, drawn_D]) // num_items, torch.cat([key_N, drawn_D]) % num_items
+        action_N = torch.cat([action_N, torch.zeros_like(drawn_D)])
+        logged_N = torch.arange(len(action_N)) < len(key_N)
+        click_N = (logged_N if taken else action_N >= Action.CLICK).float()
+        known_N = (click_N > 0) & (batch.request_time_R[request_N] <= self.last_timestamp - self.config.maturity_s)
         convert_N = torch.where(known_N, (action_N == Action.CONVERSION).float(), torch.nan)
-        return Examples(request_N, item_N, click_N, convert_N, weight_N)
+        weight_N = torch.cat([torch.ones(len(key_N)), size_D / self.config.negatives if taken else torch.zeros(len(drawn_D))])
+        return Examples(request_N, item_N, click_N, convert_N, weight_N, logged_N)
 
-    def _with_negatives(self, batch: Batch, request_N: Tensor, item_N: Tensor, action_N: Tensor) -> tuple[Tensor, ...]:
-        """The ads taken (each once per request, with its strongest action), then the draws of every request less those that were taken.
-
-        Returns: request, item, click, action, weight of each.
-        """
-        num_items, draws = self.eligibility.num_items, self.config.negatives
-        taken, which = torch.unique(request_N * num_items + item_N, return_inverse=True)
-        action = torch.zeros_like(taken).scatter_reduce_(0, which, action_N, "amax")
-        group_R = batch.request_eligibility_R.numpy()
-        groups, which_R = np.unique(group_R, return_inverse=True)
-        sizes = np.array([len(self.eligibility.items(int(group))) for group in groups], np.int64)
-        if len(sizes) and not sizes.all():
+    def _draw(self, batch: Batch, draws: int, logged_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys request x items + item of eligible ads drawn uniformly, less those that were logged, and how many each was drawn from."""
+        if not draws or not len(batch.request_token_R):
+            return logged_N.new_empty(0), torch.empty(0)
+        groups, which_R = np.unique(batch.request_eligibility_R.numpy(), return_inverse=True)
+        lists = [self.eligibility.items(group) for group in groups.tolist()]
+        sizes = np.array([len(items) for items in lists])
+        if not sizes.all():
             raise DataError(f"eligibility group {groups[sizes == 0][0]} is empty, but a request has it: no ad could have been shown; "
                             "rebuild the data with launch/build_data.py")
         size_R = sizes[which_R]
-        place_RS = (self._uniform(batch).numpy() * size_R[:, None]).astype(np.int64)
+        place_RS = (self._uniform(batch, draws).numpy() * size_R[:, None]).astype(np.int64)
         drawn_RS = np.empty_like(place_RS)
-        order = np.argsort(which_R, kind="stable")
-        for group, rows in zip(groups.tolist(), np.split(order, np.cumsum(np.bincount(which_R, minlength=len(groups)))[:-1]), strict=True):
-            drawn_RS[rows] = self.eligibility.items(group)[place_RS[rows]]
-        key = torch.from_numpy((np.arange(len(size_R))[:, None] * num_items + drawn_RS).reshape(-1))
-        key = key[~torch.isin(key, taken)]
-        request = torch.cat([taken, key]) // num_items
-        weight = torch.cat([torch.ones(len(taken)), torch.from_numpy(size_R).float()[key // num_items] / draws])
-        is_taken = torch.cat([torch.ones(len(taken)), torch.zeros(len(key))])
-        return request, torch.cat([taken, key]) % num_items, is_taken, torch.cat([action, torch.zeros_like(key)]), weight
+        of_group = np.split(np.argsort(which_R, kind="stable"), np.cumsum(np.bincount(which_R))[:-1])
+        for items, rows in zip(lists, of_group, strict=True):
+            drawn_RS[rows] = items[place_RS[rows]]
+        key_D = torch.from_numpy((np.arange(len(size_R))[:, None] * self.eligibility.num_items + drawn_RS).reshape(-1))
+        key_D = key_D[~torch.isin(key_D, logged_N)]
+        return key_D, torch.from_numpy(size_R).float()[key_D // self.eligibility.num_items]
 
-    def _uniform(self, batch: Batch) -> Tensor:
+    def _uniform(self, batch: Batch, draws: int) -> Tensor:
         """Numbers in [0, 1) that depend on the seed and the request alone, float64 [R, S]: however its row is packed."""
         place_R = batch.request_token_R - batch.offsets_B1[batch.request_row_R]
         key_R = row_keys(batch.row_ids_B[batch.request_row_R], place_R, self.seed)
-        bits_RS = mix_tensor(key_R[:, None] + torch.arange(1, self.config.negatives + 1) * DRAW_STEP)
+        bits_RS = mix_tensor(key_R[:, None] + torch.arange(1, draws + 1) * DRAW_STEP)
         return ((bits_RS >> 11) & ((1 << 53) - 1)).double() / 2.0**53
 
 

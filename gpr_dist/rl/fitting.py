@@ -41,13 +41,13 @@ ENOUGH_TO_TELL = 200_000  # examples of one class only after which the log is gi
 class TrainingConfig(Config):
     """How the rankers are trained."""
 
-    epochs: int = Field(1, ge=1)
-    """passes over the rows; hashed item tables overfit from the second on where the log is small"""
+    epochs: int = Field(3, ge=1)
+    """passes over the rows"""
     max_steps: int = Field(2000, ge=1)
     """most updates; a larger log is read in part (rows come shuffled)"""
     rows_per_step: int = Field(16, ge=1)
     """journeys of one update"""
-    lr: float = Field(2e-3, gt=0)
+    lr: float = Field(5e-3, gt=0)
     """Adam's learning rate at the start; falls to 0 along a cosine"""
     weight_decay: float = Field(0.01, ge=0)
     """AdamW's, decoupled"""
@@ -63,7 +63,7 @@ class SimulatorConfig(Config):
     rankers: RankerConfig = RankerConfig()
     """network"""
     training: TrainingConfig = TrainingConfig()
-    """updates"""
+    """steps"""
     calibration: CalibrationConfig = CalibrationConfig()
     """logits to probabilities"""
     bids: BidConfig = BidConfig()
@@ -115,6 +115,7 @@ def fit_simulator(data: Path, shards: dict[str, str], semantic_ids: SemanticIds,
     torch.manual_seed(config.seed)
     rankers = Rankers(config.rankers, semantic_ids.num_levels, semantic_ids.codebook_size, len(manifest.user_features),
                       len(manifest.env_features)).to(device)
+    rankers.set_content(semantic_ids.quantizer.codebooks_LVK.detach())
     eligibility = Eligibility.load(data)
     sums, counts = ValueSums(semantic_ids.num_items), ClickCounts(np.zeros(semantic_ids.num_items), np.zeros(semantic_ids.num_items))
     labeller = Labeller(config.labels, eligibility, manifest.last_timestamp, config.seed)
@@ -122,7 +123,8 @@ def fit_simulator(data: Path, shards: dict[str, str], semantic_ids: SemanticIds,
     bids = find_bids(data / "catalogue" / "catalogue.arrow", sums, config.bids)
 
     sizes = group_sizes(eligibility)
-    validation, test = (_predict(rankers, shards[split], semantic_ids, eligibility, config, sizes, device) for split in ("validation", "test"))
+    validation, test = (_predict(rankers, shards[split], semantic_ids, eligibility, config, sizes, device)
+                        for split in ("validation", "test"))
     if not len(validation.row):
         raise DataError(f"{shards['validation']} has no ads to calibrate on; choose cut-offs that leave some requests to validation")
     fitting = validation.row % 2 == 0
@@ -161,7 +163,8 @@ def check_inputs(data: Path, shards: dict[str, str], semantic_ids: SemanticIds, 
     for split, manifest in manifests.items():
         semantic_ids.check_catalogue(manifest.catalogue_fingerprint, shards[split])
         if split != "test" and not manifest.num_targets:
-            raise DataError(f"{shards[split]} has no ads; a simulator is learned from the ads of train and calibrated on those of validation")
+            raise DataError(f"{shards[split]} has no ads; a simulator is learned from the ads of train and calibrated on those of "
+                            "validation")
     check_column(data / "catalogue" / "catalogue.arrow", config.bids)
     return manifests["train"]
 
@@ -183,10 +186,10 @@ def _train(rankers: Rankers, shards: str, semantic_ids: SemanticIds, labeller: L
                     sums.add(batch)
                     counts.add(examples.item_N, examples.click_N, examples.weight_N)
                 known_N = examples.convert_N.isfinite()
-                found = len(examples.item_N), examples.click_N.sum(), known_N.sum(), examples.convert_N.nansum()
+                found = (examples.weight_N > 0).sum(), examples.click_N.sum(), known_N.sum(), examples.convert_N.nansum()
                 seen = {name: total + int(more) for (name, total), more in zip(seen.items(), found, strict=True)}
-                if len(examples.item_N):
-                    loss = _loss(rankers, batch, examples, semantic_ids.codes_NL, device)
+                if len(batch.target_item_N):
+                    loss = _loss(rankers, batch, examples, semantic_ids.codes_NL, config.labels, device)
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
@@ -202,15 +205,21 @@ def _train(rankers: Rankers, shards: str, semantic_ids: SemanticIds, labeller: L
     return seen
 
 
-def _loss(rankers: Rankers, batch: Batch, examples: Examples, codes_ML: np.ndarray, device: torch.device | str) -> Tensor:
-    """Cross-entropy of clicks plus that of conversions among clicks, each a mean over the examples, nats."""
+def _loss(rankers: Rankers, batch: Batch, examples: Examples, codes_ML: np.ndarray, labels: LabelConfig,
+          device: torch.device | str) -> Tensor:
+    """Cross-entropy of clicks, of conversions among clicks and, weighted, of being shown; nats per example of the click task."""
     codes_NL = torch.from_numpy(codes_ML[examples.item_N.numpy()].astype(np.int64)).to(device)
-    request_N, item_N, click_N, convert_N, _ = (x.to(device) for x in examples)
-    logits_N2 = rankers(batch.to(device), request_N, item_N, codes_NL)
-    known_N = convert_N.isfinite()
-    loss = binary_cross_entropy_with_logits(logits_N2[:, 0], click_N)
-    convert_loss = binary_cross_entropy_with_logits(logits_N2[:, 1], convert_N.nan_to_num(0.0), known_N.float(), reduction="sum")
-    return loss + convert_loss / len(click_N)
+    request_N, item_N, click_N, convert_N, weight_N, logged_N = (x.to(device) for x in examples)
+    logits_N3 = rankers(batch.to(device), request_N, item_N, codes_NL)
+    of_click_N, of_convert_N = weight_N > 0, convert_N.isfinite()
+    loss = _cross_entropy(logits_N3[:, 0], click_N, of_click_N) + _cross_entropy(logits_N3[:, 1], convert_N.nan_to_num(0.0), of_convert_N)
+    if labels.kind == "actions":
+        loss = loss + labels.shown_weight * _cross_entropy(logits_N3[:, 2], logged_N.float(), torch.ones_like(logged_N))
+    return loss / of_click_N.sum()
+
+
+def _cross_entropy(logit_N: Tensor, label_N: Tensor, counted_N: Tensor) -> Tensor:
+    return binary_cross_entropy_with_logits(logit_N, label_N, counted_N.float(), reduction="sum")
 
 
 @torch.no_grad()
@@ -218,7 +227,7 @@ def _predict(rankers: Rankers, shards: str, semantic_ids: SemanticIds, eligibili
              device: torch.device | str) -> HeldOut:
     """Examples and logits of one split's first rows."""
     batches = iter_once(shards, LoaderConfig(), WORLD, semantic_ids.codes_NL, 1, config.training.held_out_rows)
-    labeller = Labeller(config.labels, eligibility, batches.reader.manifest.last_timestamp, config.seed)
+    labeller = Labeller(config.labels, eligibility, batches.reader.manifest.last_timestamp, config.seed, training=False)
     parts = []
     for batch in tqdm(batches, desc=batches.reader.manifest.split, unit="batch", mininterval=0.5):
         examples = labeller(batch)
@@ -226,9 +235,8 @@ def _predict(rankers: Rankers, shards: str, semantic_ids: SemanticIds, eligibili
         codes_NL = torch.from_numpy(semantic_ids.codes_NL[examples.item_N.numpy()].astype(np.int64)).to(device)
         raw_N2 = raw_logits(rankers, config.labels, sizes.to(device), batch.to(device), request_N, item_N, codes_NL)
         row_N = batch.row_ids_B[batch.request_row_R[examples.request_N]]
-        logged_N = examples.click_N > 0 if config.labels.kind == "sampled_negatives" else torch.ones_like(examples.click_N, dtype=torch.bool)
-        parts.append(HeldOut(*(x.cpu().numpy() for x in (row_N, examples.item_N, raw_N2.double(), examples.click_N.double(), examples.convert_N.double(),
-                                                          examples.weight_N.double(), logged_N))))
+        labels = (x.double() for x in (examples.click_N, examples.convert_N, examples.weight_N))
+        parts.append(HeldOut(*(x.numpy() for x in (row_N, examples.item_N, raw_N2.double().cpu(), *labels, examples.logged_N))))
     return HeldOut(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 

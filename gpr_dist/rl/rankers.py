@@ -11,18 +11,20 @@ from typing import NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from gpr_dist.config import Config
 from gpr_dist.schema import Action, Batch, TokenType
 
 # R requests  N (request, candidate) pairs  T packed tokens  S item tokens of the batch  H events of a request's past, latest first
-# L levels  D width  C actions of a past event  W weightings of the past: action x half-life  M pairs (candidate, past event) that match
+# L levels  D width  C most candidates of one request  W weightings of the past: action x half-life  Y content width
 
 ACTIONS = (Action.CONSUME, Action.IMPRESSION, Action.CLICK, Action.CONVERSION)
 DAY_S = 86_400
 WEEK_S = 7 * DAY_S
 FIELD_STEP = 2_654_435_761  # separates the fields of one hashed table
-MATCHED_AT_ONCE = 1 << 22  # candidates x past events compared at a time
+NUM_LOGITS = 3
+COMPARED_AT_ONCE = 1 << 22  # candidates x past events held at a time
 
 
 class RankerConfig(Config):
@@ -38,6 +40,10 @@ class RankerConfig(Config):
     """rows of each of the two hashed tables of U and E features"""
     history_events: int = Field(256, ge=1)
     """most O and I tokens of the row before the request that are read, the latest ones"""
+    content_width: int = Field(32, ge=1)
+    """dimensions that are kept of the codebooks' centroids, by which past and candidate are compared"""
+    sharpness: float = Field(8.0, gt=0)
+    """a past event of cosine c to the candidate counts e^(sharpness (c - 1))"""
     half_lives_s: tuple[float, ...] = Field((float(DAY_S), 30.0 * DAY_S), min_length=1)
     """past events are weighted by 2^(-age / half-life), once for each of these, seconds"""
     conversion_delay_s: float = Field(0.0, ge=0)
@@ -64,10 +70,11 @@ class EncodedRequests(NamedTuple):
     past: Past
     item_RH: Tensor  # int64, -1 where unknown
     codes_RHL: Tensor  # int64
+    content_RHY: Tensor  # float32, length 1
 
 
 class Rankers(nn.Module):
-    """Two logits per candidate: of a click, and of a conversion given a click."""
+    """Three logits per candidate: of a click, of a conversion given a click, and (training only) of being shown among the eligible ads."""
 
     def __init__(self, config: RankerConfig, num_levels: int, codebook_size: int, num_user_features: int, num_env_features: int) -> None:
         super().__init__()
@@ -75,20 +82,31 @@ class Rankers(nn.Module):
         self.num_user_features, self.num_env_features = num_user_features, num_env_features
         d, w = config.width, len(ACTIONS) * len(config.half_lives_s)
         self.register_buffer("half_life_K", torch.tensor(config.half_lives_s), persistent=False)
-        self.items, self.item_bias = nn.Embedding(config.item_buckets, d), nn.Embedding(config.item_buckets, 2)
-        self.codes, self.code_bias = nn.Embedding(num_levels * codebook_size, d), nn.Embedding(num_levels * codebook_size, 2)
+        self.items, self.item_bias = nn.Embedding(config.item_buckets, d), nn.Embedding(config.item_buckets, NUM_LOGITS)
+        self.codes, self.code_bias = nn.Embedding(num_levels * codebook_size, d), nn.Embedding(num_levels * codebook_size, NUM_LOGITS)
         self.user, self.env = nn.Embedding(config.feature_buckets, d), nn.Embedding(config.feature_buckets, d)
         for table in (self.items, self.codes, self.user, self.env):
             nn.init.normal_(table.weight, std=0.05)
         for table in (self.item_bias, self.code_bias):
             nn.init.zeros_(table.weight)
+        self.register_buffer("content", torch.zeros(num_levels * codebook_size, config.content_width))
         self.pool = nn.Linear(w * d, d)
-        widths = [3 * d + w + 6 + 4 * d + w + w * (num_levels + 1), *config.hidden]
+        widths = [3 * d + w + 6 + 4 * d + w + w * (num_levels + 2), *config.hidden]
         layers = [layer for before, after in itertools.pairwise(widths) for layer in (nn.Linear(before, after), nn.SiLU())]
-        self.head = nn.Sequential(*layers, nn.Linear(widths[-1], 2))
+        self.head = nn.Sequential(*layers, nn.Linear(widths[-1], NUM_LOGITS))
+
+    @torch.no_grad()
+    def set_content(self, codebooks_LVK: Tensor) -> None:
+        """Let the tokenizer's centroids say which items are alike, by their main directions: frozen, and where the embeddings start."""
+        centroids = codebooks_LVK.flatten(0, 1).to(self.content.device)
+        _, _, directions = torch.linalg.svd(centroids - centroids.mean(0), full_matrices=False)
+        projected = centroids @ directions[: self.config.content_width].T
+        self.content[:, : projected.shape[1]] = projected
+        start = projected[:, : self.codes.embedding_dim]
+        self.codes.weight[:, : start.shape[1]] = start * (0.1 / start.std().clamp_min(1e-12))
 
     def forward(self, batch: Batch, request_N: Tensor, item_N: Tensor, codes_NL: Tensor) -> Tensor:
-        """Logits of (click, conversion given a click), float32 [N, 2].
+        """Logits of (click, conversion given a click, shown), float32 [N, 3].
 
         Args: request_N: int64 requests of the batch, in any order. item_N: int64 catalogue indices. codes_NL: their semantic IDs.
         """
@@ -107,7 +125,9 @@ class Rankers(nn.Module):
         past_RD = self.pool(pooled_RWD.flatten(1))
         vector_RX = torch.cat([user_RD, env_RD, past_RD, total_RW.log1p(), _time_features(batch.request_time_R, past.age_R)], 1)
         item_RH = torch.where(past.known_RH, batch.item_T[token_RH], -1)
-        return EncodedRequests(vector_RX, user_RD, env_RD, past_RD, pooled_RWD, past, item_RH, batch.codes_TL[token_RH])
+        content_SY = self._content(batch.codes_TL[is_item_S])
+        return EncodedRequests(vector_RX, user_RD, env_RD, past_RD, pooled_RWD, past, item_RH, batch.codes_TL[token_RH],
+                               content_SY[place_T[token_RH]])
 
     def score(self, requests: EncodedRequests, request_N: Tensor, item_N: Tensor, codes_NL: Tensor) -> Tensor:
         """As `forward`, of encoded requests."""
@@ -115,8 +135,8 @@ class Rankers(nn.Module):
         dot_NW = (requests.pooled_RWD[request_N] * x_ND[:, None]).sum(2)
         match_NW = self._matches(requests, request_N, item_N, codes_NL)
         crossed = [part[request_N] * x_ND for part in (requests.user_RD, requests.env_RD, requests.past_RD)]
-        logits_N2 = self.head(torch.cat([requests.vector_RX[request_N], x_ND, *crossed, dot_NW, match_NW], 1))
-        return logits_N2 + self.item_bias(item_N % self.config.item_buckets) + self.code_bias(self._code_rows(codes_NL)).sum(1)
+        logits_N3 = self.head(torch.cat([requests.vector_RX[request_N], x_ND, *crossed, dot_NW, match_NW], 1))
+        return logits_N3 + self.item_bias(item_N % self.config.item_buckets) + self.code_bias(self._code_rows(codes_NL)).sum(1)
 
     def embed(self, item_S: Tensor, codes_SL: Tensor) -> Tensor:
         """Embedding of items, [S, D]."""
@@ -125,21 +145,43 @@ class Rankers(nn.Module):
     def _code_rows(self, codes_SL: Tensor) -> Tensor:
         return codes_SL + torch.arange(self.num_levels, device=codes_SL.device) * self.codebook_size
 
+    def _content(self, codes_SL: Tensor) -> Tensor:
+        return normalize(self.content[self._code_rows(codes_SL)].sum(1), dim=1)
+
     def _matches(self, requests: EncodedRequests, request_N: Tensor, item_N: Tensor, codes_NL: Tensor) -> Tensor:
-        """log1p of the weights of past events that are the candidate itself, or share its first 1 .. L codes: [N, (L+1) W]."""
-        num_depths, num_weights = self.num_levels + 1, requests.past.weight_RHW.shape[2]
-        found = item_N.new_zeros((len(item_N), num_depths, num_weights), dtype=torch.float32)
-        step = max(MATCHED_AT_ONCE // max(requests.item_RH.shape[1], 1), 1)
-        for first in range(0, len(item_N), step):  # a candidate's first code meets few of the past's: only those are looked at further
+        """log1p of the weights of past events that share the candidate's first 1 .. L codes, that are the candidate itself, and of all by
+        their likeness: [N, (L+2) W]."""
+        num_requests, num_weights = requests.past.weight_RHW.shape[0], requests.past.weight_RHW.shape[2]
+        cell_N, width = _cells(request_N, num_requests)
+        found = item_N.new_zeros((num_requests, width, self.num_levels + 2, num_weights), dtype=torch.float32)
+        item_RC, codes_RCL, content_RCY = (_lay_out(x, cell_N, num_requests, width) for x in (item_N, codes_NL, self._content(codes_NL)))
+        step = max(COMPARED_AT_ONCE // max(width * requests.item_RH.shape[1], 1), 1)
+        for first in range(0, num_requests, step):
             part = slice(first, first + step)
-            request_n, codes_nL = request_N[part], codes_NL[part]
-            same_nH = (requests.codes_RHL[:, :, 0][request_n] == codes_nL[:, :1]) & requests.past.known_RH[request_n]
-            at_M, event_M = same_nH.nonzero(as_tuple=True)
-            request_M = request_n[at_M]
-            same_ML = requests.codes_RHL[request_M, event_M] == codes_nL[at_M]
-            depth_M = same_ML.long().cumprod(1).sum(1) + (requests.item_RH[request_M, event_M] == item_N[part][at_M])
-            found[part].view(-1, num_weights).index_add_(0, at_M * num_depths + depth_M - 1, requests.past.weight_RHW[request_M, event_M])
-        return found.flip(1).cumsum(1).flip(1).log1p().flatten(1)
+            same_rCHL = requests.codes_RHL[part, None] == codes_RCL[part, :, None]
+            is_item_rCH = requests.item_RH[part, None] == item_RC[part, :, None]
+            likeness_rCH = ((content_RCY[part] @ requests.content_RHY[part].mT - 1) * self.config.sharpness).exp()
+            prefix_rCHL = same_rCHL.cumprod(3, dtype=torch.uint8)
+            kinds_rCZH = torch.cat([prefix_rCHL.movedim(3, 2).float(), is_item_rCH[:, :, None].float(), likeness_rCH[:, :, None]], 2)
+            found[part] = (kinds_rCZH.flatten(1, 2) @ requests.past.weight_RHW[part]).unflatten(1, (width, -1))
+        return found.flatten(0, 1)[cell_N].log1p().flatten(1)
+
+
+def _cells(request_N: Tensor, num_requests: int) -> tuple[Tensor, int]:
+    """A place request x C + c for every candidate, where c numbers the candidates of a request, and C: the past is then read once for
+    all of them."""
+    order = request_N.argsort(stable=True)
+    count_R = request_N.bincount(minlength=num_requests)
+    width = int(count_R.max()) if num_requests else 0
+    number = torch.arange(len(order), device=order.device) - (count_R.cumsum(0) - count_R)[request_N[order]]
+    return torch.empty_like(order).index_put_((order,), request_N[order] * width + number), width
+
+
+def _lay_out(x_N: Tensor, cell_N: Tensor, num_requests: int, width: int) -> Tensor:
+    """[R, C, ...] with 0 in cells without a candidate."""
+    out = x_N.new_zeros((num_requests * width, *x_N.shape[1:]))
+    out[cell_N] = x_N
+    return out.unflatten(0, (num_requests, width))
 
 
 def recent_past(batch: Batch, config: RankerConfig, half_life_K: Tensor) -> Past:

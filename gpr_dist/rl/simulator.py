@@ -195,13 +195,16 @@ class Simulator:
 
 def raw_logits(rankers: Rankers, labels: LabelConfig, group_size_G1: Tensor, batch: Batch, request_N: Tensor, item_N: Tensor,
                codes_NL: Tensor) -> Tensor:
-    """The rankers' logits before calibration [N, 2]; sampling of negatives divided out. Raises: DataError for data of other features."""
+    """Logits of click and conversion before calibration [N, 2]; sampling of negatives divided out.
+
+    Raises: DataError for data with other features or eligibility groups.
+    """
     found = batch.user_features_UF.shape[1], batch.env_features_EF.shape[1]
     wanted = rankers.num_user_features, rankers.num_env_features
     if found != wanted and all(len(x) for x in (batch.user_features_UF, batch.env_features_EF)):
         raise DataError(f"the batch has {found[0]} user and {found[1]} environment features, the simulator was fitted with {wanted[0]} and "
                         f"{wanted[1]}; {REFIT} on these shards")
-    logits_N2 = rankers(batch, request_N, item_N, codes_NL)
+    logits_N2 = rankers(batch, request_N, item_N, codes_NL)[:, :2]
     if labels.kind == "actions":
         return logits_N2
     group_R = batch.request_eligibility_R

@@ -176,7 +176,8 @@ def test_command_line(tmp_path, capsys):
 
 
 YAML_OF = {"data": BuildConfig, "tokenizer": FitTokenizerConfig, "knowledge": BuildKnowledgeConfig,
-           "compare": launch_module("compare").CompareConfig, "market": launch_module("make_market").MakeMarketConfig}
+           "compare": launch_module("compare").CompareConfig, "market": launch_module("make_market").MakeMarketConfig,
+           "simulator": launch_module("fit_simulator").FitSimulatorConfig}
 
 
 def reachable(cls):
@@ -186,7 +187,7 @@ def reachable(cls):
 
 
 @pytest.mark.parametrize("job", [PretrainConfig, FinetuneConfig, BuildConfig, FitTokenizerConfig, BuildKnowledgeConfig,
-                                 YAML_OF["compare"], YAML_OF["market"]])
+                                 YAML_OF["compare"], YAML_OF["market"], YAML_OF["simulator"]])
 def test_every_setting_of_every_job_is_explained(job):
     configs = reachable(job)
     assert len(configs) > 1 and all(c.__doc__ and c.__doc__ != Config.__doc__ for c in configs)

@@ -29,6 +29,7 @@ JOBS: dict[str, tuple[type[Config], str | None]] = {  # script -> its config and
     "fit_tokenizer.py": (FitTokenizerConfig, "configs/tokenizer/complete_journey.yaml"),
     "pretrain.py": (PretrainConfig, "configs/pretrain.yaml"),
     "finetune.py": (FinetuneConfig, "configs/finetune.yaml"),
+    "fit_simulator.py": (launch_module("fit_simulator").FitSimulatorConfig, "configs/simulator.yaml"),
     "evaluate.py": (launch_module("evaluate").EvaluateConfig, None),
     "plan.py": (launch_module("plan").PlanConfig, "configs/pretrain.yaml"),
     "bench.py loader": (launch_module("bench_loader").LoaderBenchConfig, None),
