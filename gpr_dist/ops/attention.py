@@ -311,7 +311,8 @@ def _torch(q_QHK: Tensor, k_THK: Tensor, v_THK: Tensor, spans: Spans, score: Sco
         table_HC = None if bias is None else bias.table(_MASKED[score]).to(dtype)
         added = spans.additive(pieces, score, dtype) if bias is None else bias.indices(pieces, spans)
         return _Products.apply(q_QHK, k_THK, v_THK, table_HC, pieces, added, score, 1 / length).to(output_dtype)
-    if not torch.is_grad_enabled() and max(row_lengths) <= _PIECE_QUERIES["fused"] and (padded := spans.padded(dtype)) is not None:
+    few = max(end - begin for begin, end in pairwise(spans.query_offsets)) <= _PIECE_QUERIES["fused"]
+    if few and not torch.is_grad_enabled() and (padded := spans.padded(dtype)) is not None:
         return padded.attend(q_QHK, k_THK, v_THK).to(output_dtype)
     pieces = spans.pieces(_PIECE_QUERIES["fused"])
     # Splits, not slices: the backward pass of a slice fills and adds a tensor as large as the whole batch.
