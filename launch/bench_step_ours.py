@@ -351,8 +351,8 @@ class ItemHSTU(nn.Module):
         self.dropout = settings["dropout"]
         self.hsd = HSD(width, HSDConfig(
             num_layers=settings["num_layers"], num_heads=settings["num_heads"], ffn_multiple=0, dropout=settings["dropout"], score="silu",
-            silu_length=length, mask="causal", position="relative", position_buckets=max(32, length), token_aware_norm=False,
-            token_aware_ffn=False))
+            silu_length=length, mask="causal", position="relative", position_buckets=max(32, length), bias_per_head=False,
+            token_aware_norm=False, token_aware_ffn=False))
 
     def forward(self, embedded_TD: Tensor, batch: Batch) -> Tensor:
         """[T, D] of unit length."""

@@ -47,6 +47,8 @@ class HSDConfig(Config):
     """distances in positions with a relative bias of their own"""
     time_buckets: int = Field(64, ge=1)
     """distances in time with a relative bias of their own, each half a power of two of seconds"""
+    bias_per_head: bool = True
+    """each head has a relative bias of its own | one for all heads of a layer, as in HSTU's code: less to look up and to add up"""
     token_aware_norm: bool = True
     """norms have parameters per token type"""
     token_aware_ffn: bool = True
@@ -112,8 +114,9 @@ class HSDLayer(nn.Module):
         # a layer starts as a correction to the token, not as its replacement
         self.norm_out = TypedNorm(width, gain=0.3, token_aware=config.token_aware_norm)
         if config.position == "relative":
-            self.bias_position_PH = nn.Parameter(torch.zeros(config.position_buckets, config.num_heads))
-            self.bias_time_GH = nn.Parameter(torch.zeros(config.time_buckets, config.num_heads))
+            heads = config.num_heads if config.bias_per_head else 1
+            self.bias_position_PH = nn.Parameter(torch.zeros(config.position_buckets, heads))
+            self.bias_time_GH = nn.Parameter(torch.zeros(config.time_buckets, heads))
 
     def forward(self, x_TD: Tensor, rows: RowContext) -> Tensor:
         width, heads = x_TD.shape[1], self.config.num_heads

@@ -177,7 +177,8 @@ class Padded:
 
 @dataclass
 class RelativeBias:
-    """HSTU's bias on the scores: one number per head for the distance in positions plus one for the logarithm of that in time."""
+    """HSTU's bias on the scores: one number for the distance in positions plus one for the logarithm of that in time, of each head or, where
+    the tables have one column, for all heads."""
 
     position_PH: Tensor  # distance i - j in [-AHEAD, P - AHEAD); beyond, the last one
     time_GH: Tensor  # bucket of |t_i - t_j|, half a power of two wide
@@ -274,6 +275,9 @@ def hybrid_attention(q_QHK: Tensor, k_THK: Tensor, v_THK: Tensor, spans: Spans, 
     if not len(q_QHK) or not len(k_THK):  # an empty micro-batch: keep the graph, so that every rank reduces the same gradients
         tables = 0.0 if bias is None else 0 * (bias.position_PH.sum() + bias.time_GH.sum())
         return q_QHK + 0 * (k_THK.sum() + v_THK.sum()) + tables
+    if bias is not None and implementation in ("flex", "triton"):
+        heads = q_QHK.shape[1]
+        bias = replace(bias, position_PH=bias.position_PH.expand(-1, heads), time_GH=bias.time_GH.expand(-1, heads))
     if implementation == "flex":
         return _flex(q_QHK, k_THK, v_THK, spans, bias)
     if implementation == "triton":
@@ -343,7 +347,7 @@ class _Products(torch.autograd.Function):
         out, kept = torch.empty_like(q), []
         for queries, keys, add in _Products._places(pieces, added):
             if table_HC is not None:
-                add = table_HC.index_select(1, add).view(len(q), queries.stop - queries.start, -1)
+                add = table_HC.index_select(1, add).view(len(table_HC), queries.stop - queries.start, -1)
             k_t = k[:, keys].transpose(1, 2)
             scores = q[:, queries] @ k_t * ctx.scale if add is None else torch.baddbmm(add, q[:, queries], k_t, alpha=ctx.scale)
             weights = scores.softmax(-1) if score == "softmax" else F.silu(scores)
@@ -371,6 +375,8 @@ class _Products(torch.autograd.Function):
             dk[:, keys].baddbmm_(dscores.transpose(1, 2), q[:, queries], alpha=ctx.scale)
             dv[:, keys].baddbmm_(weights.transpose(1, 2), g[:, queries])
             if dtable_HC is not None:
+                if len(dtable_HC) < len(dscores):
+                    dscores = dscores.sum(0, keepdim=True)
                 dtable_HC.index_add_(1, add, dscores.flatten(1).to(wide))
         return *(x.transpose(0, 1) for x in (dq.mul_(ctx.scale), dk, dv)), dtable_HC, None, None, None, None
 

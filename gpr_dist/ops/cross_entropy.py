@@ -61,8 +61,8 @@ def nll_of_logits(logits_NLV: Tensor, codes_NL: Tensor, offset_NLV: Tensor | Non
     return F.cross_entropy(logits_NLV.flatten(0, 1), codes_NL.flatten(), reduction="none").view(codes_NL.shape)
 
 
-def item_nll(state_RD: Tensor, weight_CD: Tensor, bias_C: Tensor | None, request_N: Tensor, column_N: Tensor, offset_C: Tensor | None = None,
-             legal_GC: Tensor | None = None, group_R: Tensor | None = None, chunk_bytes: int | None = None,
+def item_nll(state_RD: Tensor, weight_CD: Tensor, bias_C: Tensor | None, request_N: Tensor, column_N: Tensor,
+             offset_C: Tensor | None = None, legal_GC: Tensor | None = None, group_R: Tensor | None = None, chunk_bytes: int | None = None,
              weight_N: Tensor | None = None) -> Tensor:
     """Sum of -log p of the true items, nats; the softmax over the candidates is float32 (float64 for float64 states).
 

@@ -49,6 +49,13 @@ def encoder_inputs(dtype, device="cpu"):
     return q, k, v, spans, bias, torch.randn(num_tokens, H, K, generator=g, dtype=torch.float64)
 
 
+def shared_bias_inputs(dtype, device="cpu"):
+    """The same with one bias for all heads."""
+    q, k, v, spans, bias, direction = encoder_inputs(dtype, device)
+    tables = [table.detach()[:, :1].clone().requires_grad_() for table in (bias.position_PH, bias.time_GH)]
+    return q, k, v, spans, RelativeBias(*tables, bias.position_T, bias.seconds_T, {}), direction
+
+
 def one_query_at_a_time(q, k, v, spans, bias, score):
     rows = []
     for i in range(len(q)):
@@ -79,13 +86,13 @@ def check_against_the_loop(make, implementation, score, dtype, tolerance, device
 
 
 @EVERY
-@pytest.mark.parametrize("make", [decoder_inputs, encoder_inputs])
+@pytest.mark.parametrize("make", [decoder_inputs, encoder_inputs, shared_bias_inputs])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 def test_output_and_gradients_equal_a_loop_over_queries(make, implementation, score, dtype, tolerance):
     check_against_the_loop(make, implementation, score, dtype, tolerance)
 
 
-@pytest.mark.parametrize("make", [decoder_inputs, encoder_inputs])
+@pytest.mark.parametrize("make", [decoder_inputs, encoder_inputs, shared_bias_inputs])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 def test_flex_attention_computes_the_same_outputs(make, dtype, tolerance):
     q, k, v, spans, bias, _ = make(dtype)
@@ -98,7 +105,7 @@ def test_flex_attention_computes_the_same_outputs(make, dtype, tolerance):
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize(("implementation", "score"), [*CPU, ("flex", "softmax"), ("triton", "softmax"), ("triton", "silu")])
-@pytest.mark.parametrize("make", [decoder_inputs, encoder_inputs])
+@pytest.mark.parametrize("make", [decoder_inputs, encoder_inputs, shared_bias_inputs])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.03)])
 def test_output_and_gradients_on_a_gpu(make, implementation, score, dtype, tolerance):
     check_against_the_loop(make, implementation, score, dtype, tolerance, "cuda")
