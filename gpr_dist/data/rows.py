@@ -14,23 +14,27 @@ import pyarrow as pa
 from gpr_dist.data.collate import SIDE_COLUMNS, STORED, TOKEN_COLUMNS, JourneyColumns
 from gpr_dist.errors import DataError
 
-# Q record batches  R their rows, one batch after another  C list columns  n rows to copy
+# Q record batches  R their rows, one batch after another  C list columns  G token lists, and each of the side lists  n rows to copy
 
 _NUM_BUFFERS = {"string": 3, "list": 4}  # of a column in Arrow's flat order: validity, offsets, validity of the values, values
+_OUTSIDE = "a list of a record batch lies outside its bytes; rebuild the shards"
 
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Where each list of each row begins, and how long it is."""
+    """Where the lists of rows lie in memory."""
 
     batches: Sequence[pa.RecordBatch]
     """keep the memory"""
+    batch_R: np.ndarray
     num_context: np.ndarray
     num_lookahead: np.ndarray
     names: Sequence[str]
     """list columns, those of the widest values first: copied end to end, all are aligned"""
-    address_CR: np.ndarray
-    num_bytes_CR: np.ndarray
+    values_CQ: np.ndarray
+    """address of the first value of each column and batch"""
+    offsets: np.ndarray
+    """int32 [G, R + Q]: of each batch one more than rows, from 0"""
 
     @classmethod
     def of(cls, batches: Sequence[pa.RecordBatch], columns: Collection[str]) -> "StoredRows":
@@ -39,43 +43,70 @@ class StoredRows:
         Raises: DataError when the per-token lists of a row differ in length, or a list lies outside its batch.
         """
         batches = [batch for batch in batches if batch.num_rows]
-        names = sorted((name for name in STORED if name in columns), key=lambda name: -STORED[name].itemsize)
+        names = _names(columns)
         if not batches:
             none = np.zeros(0, np.int32)
-            return cls([], none, none, names, np.zeros((len(names), 0), np.int64), np.zeros((len(names), 0), np.int64))
+            return cls([], none, none, none, names, np.zeros((len(names), 0), np.int64),
+                       np.zeros((len(_groups(names)), 0), np.int32))
         num_rows_Q = np.array([batch.num_rows for batch in batches])
+        batch_R = np.repeat(np.arange(len(batches)), num_rows_Q)
         address_XQ, size_XQ = _buffers(batches, names)
-        offsets_at_CQ, values_at_CQ, values_size_CQ = address_XQ[2::2], address_XQ[3::2], size_XQ[3::2]
+        offsets_at_CQ, values_CQ, size_CQ = address_XQ[2::2], address_XQ[3::2], size_XQ[3::2]
         num_context, num_lookahead = (np.frombuffer(_copy(at_Q, 4 * num_rows_Q, batches), np.int32) for at_Q in address_XQ[:2])
         offsets = np.frombuffer(_copy(offsets_at_CQ, np.broadcast_to(4 * num_rows_Q + 4, offsets_at_CQ.shape), batches), np.int32)
-        offsets = offsets.reshape(len(names), -1)  # of a batch one more than rows
-        batch_R = np.repeat(np.arange(len(batches)), num_rows_Q)
-        first_R = np.arange(len(batch_R)) + batch_R
-        begin_CR, length_CR = offsets[:, first_R].astype(np.int64), np.diff(offsets)[:, first_R]
-        itemsize_C1 = np.array([[STORED[name].itemsize] for name in names])
-        last_Q = np.cumsum(num_rows_Q) - 1
-        if (length_CR < 0).any() or (begin_CR < 0).any() or ((begin_CR + length_CR)[:, last_Q] * itemsize_C1 > values_size_CQ).any():
-            raise DataError("a list of a record batch lies outside its bytes; rebuild the shards")
-        for name, length_R in zip(names, length_CR, strict=True):
-            different = np.flatnonzero(length_R != length_CR[names.index("token_type")]) if name in TOKEN_COLUMNS else ()
-            if len(different):
-                row = int(first_R[different[0]] - first_R[last_Q[batch_R[different[0]]]] + num_rows_Q[batch_R[different[0]]]) - 1
+        offsets = offsets.reshape(len(names), -1)
+        last_Q = np.cumsum(num_rows_Q + 1) - 1
+        first_CQ, last_CQ = offsets[:, last_Q - num_rows_Q], offsets[:, last_Q]
+        itemsize_C1 = _itemsizes(names)
+        if (first_CQ < 0).any() or (last_CQ.astype(np.int64) * itemsize_C1 > size_CQ).any():
+            raise DataError(_OUTSIDE)
+        if first_CQ.any():
+            values_CQ, offsets = values_CQ + first_CQ * itemsize_C1, offsets - np.repeat(first_CQ, num_rows_Q + 1, axis=1)
+        tokens = offsets[names.index("token_type")]
+        for name, of_column in zip(names, offsets, strict=True):
+            if name in TOKEN_COLUMNS and not np.array_equal(of_column, tokens):
+                at = int(np.flatnonzero(of_column != tokens)[0])
+                row = at - int((last_Q - num_rows_Q)[np.searchsorted(last_Q, at)]) - 1
                 raise DataError(f"row {row} of a record batch: {name} and token_type differ in length; rebuild the shards")
-        return cls(batches, num_context, num_lookahead, names, values_at_CQ[:, batch_R] + begin_CR * itemsize_C1, length_CR * itemsize_C1)
+        offsets = offsets[[names.index(name) for name in _groups(names)]]
+        growing = np.diff(offsets) >= 0
+        growing[:, last_Q[:-1]] = True  # from the end of one batch to the start of the next
+        if not growing.all():
+            raise DataError(_OUTSIDE)
+        return cls(batches, batch_R, num_context, num_lookahead, names, values_CQ, offsets)
 
     def take(self, rows: np.ndarray) -> JourneyColumns:
         """A copy of these rows (int64 positions) in this order, in the types they are stored in."""
-        num_bytes_Cn = self.num_bytes_CR[:, rows]
-        content = _copy(self.address_CR[:, rows], num_bytes_Cn, self.batches)
-        offsets, values, end = {}, {}, 0
-        for name, num_bytes_n in zip(self.names, num_bytes_Cn, strict=True):
-            begin, end = end, end + int(num_bytes_n.sum())
+        batch_n = self.batch_R[rows]
+        at_n = rows + batch_n
+        begin_Gn = self.offsets[:, at_n].astype(np.int64)
+        length_Gn = self.offsets[:, at_n + 1] - begin_Gn
+        groups = _groups(self.names)
+        group_C = [groups.index(name if name in groups else "token_type") for name in self.names]
+        itemsize_C1 = _itemsizes(self.names)
+        address_Cn = self.values_CQ[:, batch_n] + begin_Gn[group_C] * itemsize_C1
+        content = _copy(address_Cn, length_Gn[group_C] * itemsize_C1, self.batches)
+        offsets = {name: np.append(0, np.cumsum(length_n)) for name, length_n in zip(groups, length_Gn, strict=True)}
+        values, end = {}, 0
+        for name, group in zip(self.names, group_C, strict=True):
+            begin, end = end, end + int(offsets[groups[group]][-1]) * STORED[name].itemsize
             values[name] = np.frombuffer(content[begin:end], STORED[name])
-            if name in SIDE_COLUMNS or name == "token_type":
-                offsets[name] = np.append(0, np.cumsum(num_bytes_n)) // STORED[name].itemsize
         return JourneyColumns(self.num_context[rows].astype(np.int64), self.num_lookahead[rows].astype(np.int64), offsets["token_type"],
                               {name: values[name] for name in TOKEN_COLUMNS if name in values},
                               {name: (offsets[name], values[name]) for name in SIDE_COLUMNS if name in values})
+
+
+def _names(columns: Collection[str]) -> list[str]:
+    return sorted((name for name in STORED if name in columns), key=lambda name: -STORED[name].itemsize)
+
+
+def _groups(names: Sequence[str]) -> list[str]:
+    """Columns whose offsets are kept: all lists of tokens share theirs."""
+    return ["token_type", *(name for name in SIDE_COLUMNS if name in names)]
+
+
+def _itemsizes(names: Sequence[str]) -> np.ndarray:
+    return np.array([[STORED[name].itemsize] for name in names])
 
 
 def _buffers(batches: Sequence[pa.RecordBatch], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -85,10 +116,11 @@ def _buffers(batches: Sequence[pa.RecordBatch], names: Sequence[str]) -> tuple[n
         first[field.name] = position
         position += _NUM_BUFFERS.get("list" if pa.types.is_list(field.type) else str(field.type), 2)
     wanted = itemgetter(first["num_context"] + 1, first["num_lookahead"] + 1, *(first[name] + k for name in names for k in (1, 3)))
-    found = [[(0, 0) if buffer is None else (buffer.address, buffer.size) for buffer in wanted(batch.to_struct_array().buffers())]
-             for batch in batches]
-    address_XQ, size_XQ = np.array(found, np.int64).transpose(2, 1, 0)
-    return address_XQ, size_XQ
+    found = [wanted(batch.to_struct_array().buffers()) for batch in batches]
+    shape, nothing = (len(batches), -1), pa.py_buffer(b"")
+    address = np.fromiter(((buffer or nothing).address for of_batch in found for buffer in of_batch), np.int64).reshape(shape)
+    size = np.fromiter(((buffer or nothing).size for of_batch in found for buffer in of_batch), np.int64).reshape(shape)
+    return address.T, size.T
 
 
 def _copy(address: np.ndarray, num_bytes: np.ndarray, keep: object) -> memoryview:

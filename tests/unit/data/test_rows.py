@@ -92,11 +92,12 @@ def test_lists_of_different_lengths_are_named():
         StoredRows.of(decoded(journeys, [8, 12]), COLUMNS)
 
 
-@pytest.mark.parametrize("place,offset", [(0, -5), (3, -5), (10, 1 << 20), (-1, 1 << 20)])
-def test_offsets_outside_the_batch_are_refused(place, offset):
+@pytest.mark.parametrize("column,place,offset", [("item", 0, -5), ("item", -1, 1 << 20), ("eligibility", 3, -5),
+                                                 ("eligibility", 10, 1 << 20)])
+def test_offsets_outside_the_batch_are_refused(column, place, offset):
     content = bytearray(random_journeys(20, 1).serialize().to_pybytes())
     batch = pa.ipc.read_record_batch(pa.py_buffer(content), JOURNEY_SCHEMA)
-    offsets = batch.column("item").buffers()[1]
+    offsets = batch.column(column).buffers()[1]
     begin = offsets.address - pa.py_buffer(content).address
     np.frombuffer(content, np.int32, 21, begin)[place] = offset
     with pytest.raises(DataError, match="lies outside its bytes"):
