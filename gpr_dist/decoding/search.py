@@ -235,7 +235,7 @@ def _total(step_M: Tensor, owner_M: Tensor, place_M: Tensor, shape: torch.Size) 
     if 8 * step_M.numel() < shape.numel():
         return log_sum_exp(step_M, owner_M, shape[0])
     masked_NV = torch.full(shape, -torch.inf, device=step_M.device)  # rows are faster than segments unless most is empty
-    masked_NV.view(-1)[place_M] = step_M
+    masked_NV.view(-1).index_copy_(0, place_M, step_M)
     total_N = masked_NV.logsumexp(1)
     return torch.where(total_N > -torch.inf, total_N, 0)
 

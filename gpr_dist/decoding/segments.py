@@ -30,7 +30,7 @@ def top_k(score_M: Tensor, start: Tensor, k: "int | Tensor") -> Tensor:
         shift_S = torch.arange(num_segments, device=score_M.device) * width - start[:-1]
         place_M = torch.repeat_interleave(shift_S, start.diff(), output_size=score_M.numel())
         place_M += torch.arange(score_M.numel(), device=score_M.device)
-        padded.view(-1)[place_M] = score_M
+        padded.view(-1).index_copy_(0, place_M, score_M)  # several times faster than with brackets
     best_SK, position_SK = padded.topk(largest, dim=1)
     kept_SK = best_SK > -torch.inf
     if not isinstance(k, int):

@@ -267,19 +267,21 @@ class PTD(nn.Module):
         place_N, length, thinking = opening.place_RP[request_N, head_N], prefix_Nl.shape[1], self.config.num_thinking
         if length == 0:
             return opening.state_QD.index_select(0, place_N)
-        order_N = place_N.argsort(stable=True)
-        place_N, prefix_Nl = place_N[order_N], prefix_Nl[order_N]
+        order_N = None if (place_N[1:] >= place_N[:-1]).all() else place_N.argsort(stable=True)  # a search asks in order
+        if order_N is not None:
+            place_N, prefix_Nl, prefix_NlD = place_N[order_N], prefix_Nl[order_N], prefix_NlD.index_select(0, order_N)
         parent_N = opening.decoded.find(place_N, prefix_Nl[:, :-1]) if opening.decoded else None
         if parent_N is None:
             new, caches = length, [cache.select(place_N) for cache in opening.caches]
         else:
             new, caches = 1, [cache.select(parent_N) for cache in opening.decoded.caches]
         end = thinking + 1 + length
-        x_NlD = prefix_NlD[:, length - new:].index_select(0, order_N) + self.position_LD[end - new:end]
+        x_NlD = prefix_NlD[:, length - new:] + self.position_LD[end - new:end]
         x_NlD, caches = self._decode(x_NlD, opening.intents, self._spans(opening.intents, opening.request_Q[place_N], new), caches)
         is_last = end == len(self.position_LD)
         opening.decoded = None if is_last else Decoded(place_N, prefix_Nl, caches)
-        return self.norm(x_NlD[:, -1]).index_select(0, order_N.argsort())
+        state_ND = self.norm(x_NlD[:, -1])
+        return state_ND if order_N is None else state_ND.index_select(0, order_N.argsort())
 
     def _refine(self, opening: Opening, request_N: Tensor, head_N: Tensor, ad_ND: Tensor) -> Tensor:
         """Diffusion loss [N] of the targets' summed code embeddings."""
