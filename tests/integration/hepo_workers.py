@@ -5,11 +5,22 @@ from pathlib import Path
 import torch
 from engine_workers import LR, TIMEOUT_S, model_config, share_loss, step_rows
 from random_batches import concat_batches, random_batch
+from rl_market import CODES, ELIGIBILITY, ITEMS, TRIE, TableReward, joined, market_batch
+from tiny_model import V, tiny_model
 
+from gpr_dist.data.legal import LegalCodes
+from gpr_dist.data.loader import Step
 from gpr_dist.model.gpr import GPR
+from gpr_dist.rl.guards import GuardConfig, Guards
+from gpr_dist.rl.hepo_step import Parts, hepo_step
+from gpr_dist.rl.policy import PolicyConfig
+from gpr_dist.rl.rewards import RewardScale
+from gpr_dist.rl.rollout import RolloutConfig, Sampler, take_requests
+from gpr_dist.schema import Batch
 from gpr_dist.training import checkpoint
 from gpr_dist.training.engine import Engine, EngineConfig, init_distributed
 from gpr_dist.training.init_from import init_from
+from gpr_dist.training.objective import mtp_objective
 
 
 def other_weights(cases: list[dict]) -> list[dict]:
@@ -76,3 +87,44 @@ def hand_over(runs: str) -> dict:
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return found
+
+
+def single_steps(cases: list[dict]) -> list[dict]:
+    """One step of the policy optimisation on the same four rows, however they are dealt out; its metrics.
+
+    Of each case: parts = micro-batches of a rank; rehearse, truth, old = whether there is one; algorithm and further policy settings.
+    """
+    init_distributed(TIMEOUT_S)
+    results = []
+    for case in cases:
+        case = dict(case)
+        parts_of_rank, switches = case.pop("parts"), {name: case.pop(name, False) for name in ("rehearse", "truth", "old")}
+        model = tiny_model(critic=case.get("algorithm", "hepo") == "hepo")
+        engine = Engine(model, EngineConfig(timeout_seconds=TIMEOUT_S, persistence_elements=100))
+        rows = [market_batch(seed, num_rows=1) for seed in range(1, 5)][engine.rank :: engine.world_size]
+        legal = LegalCodes(CODES, V, ELIGIBILITY)
+        batches = [legal.add_to(joined(*rows[part::parts_of_rank]), counted=False) for part in range(parts_of_rank)]
+        sample = Sampler(engine, engine.device, TRIE, ELIGIBILITY, legal, None, TableReward(), RolloutConfig(num_candidates=6),
+                         engine.all_reduce)
+        policy = PolicyConfig(**case)
+        run = Parts(engine, sample, policy, V, torch.arange(ITEMS) % 4, mtp_objective(4, 0.1), reference=engine.copy_weights(),
+                    rehearse=(lambda batch, _: last_requests(batch)) if switches["rehearse"] else None,
+                    truth=TableReward(seed=1) if switches["truth"] else None)
+        old = engine.copy_weights()
+        if switches["old"]:  # another policy than the one that is updated
+            for part in old:
+                part.mul_(0.9)
+        old = old if switches["old"] else None
+        outcome = hepo_step(run, Step(0, 0, batches), 0, old, RewardScale(), Guards(GuardConfig()), 1e-3, False)
+        clock = ("_s", "seconds")
+        metrics = {name: value for name, value in outcome.metrics.items() if not name.endswith(clock)}
+        results.append({"metrics": metrics, "applied": outcome.applied})
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return results
+
+
+def last_requests(batch: Batch) -> Batch:
+    """A stand-in for the rehearsal: each row's last request once more."""
+    row_R = batch.request_row_R
+    return take_requests(batch, torch.cat((row_R[1:] != row_R[:-1], torch.ones(min(1, len(row_R)), dtype=torch.bool))))

@@ -21,3 +21,36 @@ def test_the_critic_may_be_missing_on_either_side_of_a_hand_over(tmp_path):
         assert found["first"]["policy"] == found["first"]["nll"], "without dropout the policy is what was trained"
         assert critics["first"] is critics["third"] is None
         assert not any(any(row) for row in critics["second"]) and len(critics["second"][0]) == 3, "a new critic says 0"
+
+
+STEPS = {"hepo": {}, "grpo": {"algorithm": "grpo"}, "dpo": {"algorithm": "dpo"}, "kl": {"kl_weight": 0.5}, "old": {"old": True},
+         "rehearse": {"rehearse": True}, "truth": {"truth": True}}
+
+
+@pytest.fixture(scope="module")
+def single_steps(tmp_path_factory):
+    """Metrics of a step by (kind, ranks, micro-batches of a rank)."""
+    found = {}
+    for ranks in (1, 2):
+        cases = {(name, ranks, parts): settings | {"parts": parts} for name, settings in STEPS.items() for parts in (1, 2)}
+        for results in run_ranks("hepo_workers:single_steps", ranks, tmp_path_factory.mktemp("steps"), cases=list(cases.values())):
+            assert all(result["applied"] for result in results)
+            found |= {key: result["metrics"] for key, result in zip(cases, results, strict=True)}
+    return found
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_a_step_does_not_depend_on_how_it_is_split(single_steps, kind):
+    whole = single_steps[kind, 1, 1]
+    for ranks, parts in ((1, 2), (2, 1), (2, 2)):
+        assert single_steps[kind, ranks, parts] == pytest.approx(whole, rel=1e-4, abs=1e-5), (ranks, parts)
+
+
+def test_what_the_parts_of_a_step_add(single_steps):
+    plain, old, rehearse, truth, kl = (single_steps[kind, 1, 1] for kind in ("hepo", "old", "rehearse", "truth", "kl"))
+    assert plain["ratio_deviation"] == 0 and old["ratio_deviation"] > 0.01
+    assert rehearse["requests"] > plain["requests"] and rehearse["candidates"] > plain["candidates"]
+    assert rehearse["rows"] == plain["rows"] and rehearse["stabiliser_loss"] == plain["stabiliser_loss"]
+    assert "guard/divergence" in truth and "guard/truth" not in plain and truth["policy_loss"] == plain["policy_loss"]
+    assert plain["guard/kl"] == pytest.approx(0, abs=1e-5) and kl["kl"] == pytest.approx(0, abs=1e-5)
+    assert plain["skipped_requests"] > 0, "groups with one ad, and with none"
