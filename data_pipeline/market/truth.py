@@ -3,7 +3,7 @@ serves a stream of requests in place of the one that wrote the log. Nothing that
 
 # N rows  B requests  K ranked ads  V advertisers
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import pairwise
@@ -47,6 +47,7 @@ class Requests:
     slot: np.ndarray  # int64
     group: pa.Array  # string, eligibility group
     ad_id: pa.Array  # string, the ad the logging policy showed
+    price: np.ndarray  # float64, per click, what it was sold for
 
     def __len__(self) -> int:
         return len(self.time)
@@ -79,6 +80,7 @@ class Served:
     spend_V: np.ndarray  # float64, per advertiser, in the draw
     shown_B: np.ndarray  # int64, column of the ad shown in the draw, in the order of the requests given; -1 = none
     expected_revenue_B: np.ndarray  # float64, in the order of the requests given, for intervals by user
+    expected_value_B: np.ndarray  # float64, likewise
 
 
 class Truth:
@@ -97,7 +99,7 @@ class Truth:
         return self.world.config
 
     def outcomes(self, user_ids: Ids, times: np.ndarray, ad_ids: Ids | np.ndarray, slots: np.ndarray) -> Outcomes:
-        """Expected outcomes of showing ads; those of an ad asked for with and without others agree to 1e-6.
+        """Expected outcomes of showing ads.
 
         Args: user_ids, times, slots: [N]; times in seconds since 1970. ad_ids: strings [N] or [N, K], ads of the same request in a row;
             empty or None = no ad, whose outcomes are 0.
@@ -116,7 +118,8 @@ class Truth:
                             f"{self.config.end_s}")
         text = {name: table[name].cast(pa.string()).combine_chunks() for name in ("user_id", "group", "ad_id")}
         number = {name: table[name].to_numpy().astype(np.int64) for name in ("request_id", "time", "slot")}
-        return Requests(**text, **number).take(np.argsort(number["request_id"], kind="stable"))
+        found = Requests(**text, **number, price=table["price"].to_numpy().astype(np.float64))
+        return found.take(np.argsort(found.request_id, kind="stable"))
 
     def serve(self, requests: Requests, ranked_item_BK: Ids | np.ndarray, seed: int = 1, budget_frac: float = 1.0) -> Served:
         """Serve requests by a policy that ranked ads for each of them.
@@ -127,36 +130,55 @@ class Truth:
         Args: ranked_item_BK: item ids [B, K] best first; empty or None = no ad. seed: of the responses; 0 = those of the log.
             budget_frac: share of the daily budgets these requests may use, e.g. the share of the day's requests that they are.
         """
-        user_B, ad_BK = self.user_numbers(requests.user_id), self.ad_numbers(ranked_item_BK)
+        ad_BK = self.ad_numbers(ranked_item_BK)
         if ad_BK.ndim != 2 or len(ad_BK) != len(requests):
             raise DataError(f"ranked ads of shape {ad_BK.shape} for {len(requests)} requests; expected one row of ads per request")
-        order = np.argsort(requests.time, kind="stable")
-        user_B, ad_BK, time_B, slot_B = user_B[order], ad_BK[order], requests.time[order], self._slots(requests.slot)[order]
-        group_B = self._group_numbers(requests.group)[order]
+        order = np.lexsort((requests.request_id, requests.time))
+        back = np.argsort(order)
+        requests, ad_BK = requests.take(order), ad_BK[order]
         offered = ad_BK >= 0
-        eligible = offered & self.world.is_eligible(group_B, np.maximum(ad_BK, 0))
-        ctr_BK, cvr_BK = self._rates(user_B, time_B, ad_BK, slot_B)
+        eligible = offered & self.world.is_eligible(self._group_numbers(requests.group), np.maximum(ad_BK, 0))
+        user_B, slot_B = self.user_numbers(requests.user_id), self._slots(requests.slot)
+        ctr_BK = self._rates(user_B, requests.time, ad_BK, slot_B)[0]
         score_BK = np.where(eligible, -np.arange(ad_BK.shape[1], dtype=np.float32), -np.inf)
         safe = np.maximum(ad_BK, 0)
         offers = Offers(ad_BK, self.world.ad_advertiser_A[safe], score_BK, np.where(offered, ctr_BK, 1.0), self.world.ad_bid_A[safe])
-        drawn = luck(self.config, seed, user_B, time_B)
-        sampled = self._settle_days(offers, time_B, budget_frac, lambda rows, columns: drawn.click_N[rows] < ctr_BK[rows, columns])
-        expected = self._settle_days(offers, time_B, budget_frac, lambda rows, columns: ctr_BK[rows, columns])
-        shown = np.flatnonzero(sampled.column_B >= 0)
-        columns = sampled.column_B[shown]
-        clicked = drawn.click_N[shown] < ctr_BK[shown, columns]
-        converted = clicked & (drawn.conversion_N[shown] < cvr_BK[shown, columns])
-        filled = np.flatnonzero(expected.column_B >= 0)
-        place = filled, expected.column_B[filled]
-        true = self._outcomes(ad_BK[place], ctr_BK[place], cvr_BK[place])
-        back = np.argsort(order)
+        click_B = luck(self.config, seed, user_B, requests.time).click_N
+        budget_V = np.floor(self.world.budget_V * budget_frac).astype(np.int64)
+        drawn = self._settle_days(offers, requests.time, budget_V, lambda rows, columns: click_B[rows] < ctr_BK[rows, columns])
+        expected = self._settle_days(offers, requests.time, budget_V, lambda rows, columns: ctr_BK[rows, columns])
+        rows = np.arange(len(requests))
+        ads = [np.where(days.column_B >= 0, ad_BK[rows, days.column_B], -1)[back] for days in (drawn, expected)]
+        charges = [days.charge_B[back] / MICRO for days in (drawn, expected)]
+        return self._earned(requests.take(back), seed, *ads, *charges, num_ineligible=int((offered & ~eligible).sum()),
+                            num_exhausted=drawn.num_exhausted, spend_V=drawn.spent_V / MICRO, shown_B=drawn.column_B[back])
+
+    def serve_logged(self, requests: Requests, seed: int = 1) -> Served:
+        """What the logging policy earned at these requests, at the prices of the log: the row to put beside those of `serve`."""
+        ad_B = self.ad_numbers(requests.ad_id)
+        user_B = self.user_numbers(requests.user_id)
+        ctr_B = self._rates(user_B, requests.time, ad_B[:, None], self._slots(requests.slot))[0][:, 0]
+        paid_B = np.where(luck(self.config, seed, user_B, requests.time).click_N < ctr_B, requests.price, 0.0)
+        owner_B, day_B = self.world.ad_advertiser_A[ad_B], (requests.time - self.config.start_s) // DAY_S
+        spent_DV = np.zeros((self.config.num_days, self.config.num_advertisers))
+        np.add.at(spent_DV, (day_B, owner_B), paid_B)
+        return self._earned(requests, seed, ad_B, ad_B, paid_B, ctr_B * requests.price, num_ineligible=0, spend_V=spent_DV.sum(0),
+                            num_exhausted=int((spent_DV >= self.world.budget_V / MICRO).sum()), shown_B=np.zeros(len(ad_B), np.int64))
+
+    def _earned(self, requests: Requests, seed: int, drawn_B: np.ndarray, expected_B: np.ndarray, paid_B: np.ndarray,
+                expected_paid_B: np.ndarray, **others) -> Served:
+        """Count the outcomes of shown ads (numbers, -1 = none): those of the draw, and those by which expectations are taken."""
+        user_B, slot_B = self.user_numbers(requests.user_id), self._slots(requests.slot)
+        both = np.stack([drawn_B, expected_B], axis=1)
+        true = self._outcomes(both, *self._rates(user_B, requests.time, both, slot_B))
+        response = luck(self.config, seed, user_B, requests.time)
+        clicked_B = response.click_N < true.ctr[:, 0]
+        converted_B = clicked_B & (response.conversion_N < true.cvr[:, 0])
         return Served(
-            num_requests=len(requests), num_filled=len(shown), num_ineligible=int((offered & ~eligible).sum()),
-            num_exhausted=sampled.num_exhausted, revenue=float(sampled.charge_B.sum() / MICRO), clicks=int(clicked.sum()),
-            conversions=int(converted.sum()), expected_revenue=float(expected.charge_B.sum() / MICRO),
-            expected_clicks=float(true.ctr.sum()), expected_conversions=float((true.ctr * true.cvr).sum()),
-            expected_value=float(true.value.sum() / _PER_MILLE), spend_V=sampled.spent_V / MICRO,
-            shown_B=sampled.column_B[back], expected_revenue_B=expected.charge_B[back] / MICRO)
+            num_requests=len(requests), num_filled=int((drawn_B >= 0).sum()), revenue=float(paid_B.sum()), clicks=int(clicked_B.sum()),
+            conversions=int(converted_B.sum()), expected_revenue=float(expected_paid_B.sum()), expected_clicks=float(true.ctr[:, 1].sum()),
+            expected_conversions=float((true.ctr * true.cvr)[:, 1].sum()), expected_value=float(true.value[:, 1].sum() / _PER_MILLE),
+            expected_revenue_B=expected_paid_B, expected_value_B=true.value[:, 1] / _PER_MILLE, **others)
 
     def ad_numbers(self, ad_ids: Ids | np.ndarray) -> np.ndarray:
         """Numbers of ads, int64 in the shape of `ad_ids`; -1 for no ad (empty or None). Raises: DataError for an unknown one."""
@@ -201,19 +223,21 @@ class Truth:
         ecpm = _PER_MILLE * ctr * bid
         return Outcomes(ctr, cvr, bid, ecpm, ecpm * (1 + self.config.conversion_worth * cvr))
 
-    def _settle_days(self, offers: Offers, time_B: np.ndarray, budget_frac: float, clicks) -> "_Days":
+    def _settle_days(self, offers: Offers, time_B: np.ndarray, budget_V: np.ndarray,
+                     clicks: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> "_Days":
         """Args: clicks: (rows, columns) -> clicks at these requests, 0 or 1 or their probability."""
         days = _Days(np.full(len(time_B), -1), np.zeros(len(time_B), np.int64), np.zeros(self.config.num_advertisers, np.int64))
         day_B = (time_B - self.config.start_s) // DAY_S
-        budget_V = np.floor(self.world.budget_V * budget_frac).astype(np.int64)
-        reserve = round(self.config.reserve * MICRO)
-        bounds = np.flatnonzero(np.diff(day_B, prepend=np.nan, append=np.nan))
-        for first, last in pairwise(bounds):
+        for day_start, day_end in pairwise([*np.flatnonzero(np.diff(day_B, prepend=-1)), len(day_B)]):
             spent_V = np.zeros(self.config.num_advertisers, np.int64)
-            settled = settle(offers[first:last],
-                             lambda rows, columns, price, first=first: np.rint(clicks(rows + first, columns) * price).astype(np.int64),
-                             reserve, spent_V, budget_V)
-            days.column_B[first:last], days.charge_B[first:last] = settled.column_R, settled.charge_R
+            for first in range(day_start, day_end, _CHUNK):  # few at a time: settling repeats itself for every budget that ends
+                rows = slice(first, min(first + _CHUNK, day_end))
+
+                def charge(part: np.ndarray, columns: np.ndarray, price: np.ndarray, first: int = first) -> np.ndarray:
+                    return np.rint(clicks(part + first, columns) * price).astype(np.int64)
+
+                settled = settle(offers[rows], charge, round(self.config.reserve * MICRO), spent_V, budget_V)
+                days.column_B[rows], days.charge_B[rows] = settled.column_R, settled.charge_R
             days.spent_V += spent_V
             days.num_exhausted += int((spent_V >= budget_V).sum())
         return days

@@ -86,8 +86,8 @@ class World:
         return np.minimum((aim[:, :, None] >= mass[:, None, :]).sum(2), mass.shape[1] - 1)
 
     def click_match(self, interest_RD: np.ndarray, need_R: np.ndarray, ad_RK: np.ndarray) -> np.ndarray:
-        """Click logits float32 [R, K] without base and slot."""
-        taste = np.matmul(self.ad_vector_AD[ad_RK], interest_RD[:, :, None])[:, :, 0]
+        """Click logits float32 [R, K] without base and slot; those of an ad are the same to the bit beside whatever others."""
+        taste = np.einsum("rkd,rd->rk", self.ad_vector_AD[ad_RK], interest_RD)  # a matrix product would round by its shape
         taste *= np.float32(self.config.taste_weight)
         taste += np.float32(self.config.need_weight) * self.affinity_TT[need_R[:, None], self.ad_topic_A[ad_RK]]
         taste += self.ad_quality_A[ad_RK]

@@ -101,7 +101,7 @@ def test_outcomes_of_several_ads_are_those_of_each(market):
     for column in range(5):
         alone = truth.outcomes(requests.user_id, requests.time, ranked[:, column], requests.slot)
         for name in vars(together):
-            np.testing.assert_allclose(getattr(together, name)[:, column], getattr(alone, name), rtol=2e-6)
+            np.testing.assert_array_equal(getattr(together, name)[:, column], getattr(alone, name))
     assert together.ecpm[3, 2] == together.value[4, 0] == together.bid[4, 0] == 0 and (together.ctr > 0).sum() == 248
 
 
@@ -141,6 +141,23 @@ def test_serving_the_logged_ads_again_gives_the_logged_clicks(market):
     assert served.conversions > log["converted"].sum()  # also those after the end of the log
     assert served.revenue == pytest.approx(config.reserve * served.clicks)  # nobody else was ranked
     assert (served.shown_B == 0).all() and served.spend_V.sum() == pytest.approx(served.revenue)
+
+
+def test_what_the_logging_policy_earned(market, scarce):
+    config, truth = market
+    requests, log = truth.requests(config.start_s, config.end_s), ad_log(config.out)
+    served = truth.serve_logged(requests, seed=0)
+    paid = log.filter("clicked")["price"].cast(float).sum()
+    assert served.clicks == log["clicked"].sum() and served.revenue == pytest.approx(paid, rel=1e-5)
+    assert abs(served.expected_revenue - served.revenue) < 0.15 * served.revenue  # some hundred clicks
+    alone = truth.serve(requests, np.array(requests.ad_id.to_pylist(), object)[:, None], seed=0)
+    for name in ("clicks", "conversions", "expected_clicks", "expected_conversions", "expected_value", "num_filled"):
+        assert getattr(served, name) == pytest.approx(getattr(alone, name)), name
+    np.testing.assert_allclose(served.expected_value_B, alone.expected_value_B)
+    assert served.expected_value_B.sum() == pytest.approx(served.expected_value)
+    config, truth = scarce
+    ended = truth.serve_logged(truth.requests(config.start_s, config.end_s), seed=0)
+    assert ended.num_exhausted > 10 and ended.spend_V.sum() == pytest.approx(ended.revenue)
 
 
 def test_expected_revenue_is_the_smaller_of_two_offers(market):
