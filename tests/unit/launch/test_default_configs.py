@@ -1,17 +1,18 @@
 """Scripts find their default config wherever they are started."""
 
-import os
-import subprocess
-import sys
-
 import pytest
-from documents import ROOT
+from documents import ROOT, launch_module
+
+from gpr_dist.errors import run_cli
 
 
-@pytest.mark.parametrize("script", ["build_data.py", "fit_tokenizer.py", "build_knowledge.py"])
-def test_the_default_config_does_not_depend_on_the_current_folder(script, tmp_path):
+@pytest.mark.parametrize("script", ["build_data", "fit_tokenizer", "build_knowledge", "finetune"])
+def test_the_default_config_does_not_depend_on_the_current_folder(script, tmp_path, monkeypatch, capsys):
     """It is read; what it says about data is still relative to where the user stands."""
-    done = subprocess.run([sys.executable, ROOT / "launch" / script, "--dry-run", "no_such_setting=1"], cwd=tmp_path, text=True,
-                          capture_output=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 2 and done.stderr.startswith(f"ConfigError: {ROOT / 'configs'}"), done.stderr
-    assert "unknown key no_such_setting" in done.stderr
+    main = launch_module(script).main
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [f"{script}.py", "--dry-run", "no_such_setting=1"])
+    with pytest.raises(SystemExit) as left:
+        run_cli(main)
+    printed = capsys.readouterr().err
+    assert left.value.code == 2 and printed.startswith(f"ConfigError: {ROOT / 'configs'}") and "unknown key no_such_setting" in printed
