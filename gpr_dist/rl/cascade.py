@@ -150,7 +150,7 @@ def cascade_rank(batch: Batch, simulator: Simulator, retriever: Retriever, eligi
     rewards = simulator.rewards(batch.to(device), request_N.to(device), retrieved_RK[request_N, column_N].to(device))
     ecpm_RK = torch.full(retrieved_RK.shape, -torch.inf)
     ecpm_RK[request_N, column_N] = rewards.ecpm_N.cpu()
-    best_RK = ecpm_RK.argsort(1, descending=True, stable=True)[:, :k]
+    best_RK = ecpm_RK.argsort(dim=1, descending=True, stable=True)[:, :k]
     return retrieved_RK.gather(1, best_RK)
 
 

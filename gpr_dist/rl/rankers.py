@@ -163,7 +163,7 @@ class Rankers(nn.Module):
             likeness_rCH = ((content_RCY[part] @ requests.content_RHY[part].mT - 1) * self.config.sharpness).exp()
             prefix_rCHL = same_rCHL.cumprod(3, dtype=torch.uint8)
             kinds_rCZH = torch.cat([prefix_rCHL.movedim(3, 2).float(), is_item_rCH[:, :, None].float(), likeness_rCH[:, :, None]], 2)
-            found[part] = (kinds_rCZH.flatten(1, 2) @ requests.past.weight_RHW[part]).unflatten(1, (width, -1))
+            found[part] = (kinds_rCZH.flatten(1, 2) @ requests.past.weight_RHW[part]).unflatten(1, (width, self.num_levels + 2))
         return found.flatten(0, 1)[cell_N].log1p().flatten(1)
 
 
