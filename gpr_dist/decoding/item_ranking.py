@@ -27,12 +27,13 @@ class ItemRanking:
 
     @torch.no_grad()
     def __call__(self, batch: Batch, lists: Sequence[np.ndarray], audience_R: np.ndarray, k: int,
-                 exclude: tuple[np.ndarray, np.ndarray] | None = None) -> tuple[Tensor, Tensor]:
+                 exclude: tuple[np.ndarray, np.ndarray] | None = None, opening: Any = None) -> tuple[Tensor, Tensor]:
         """(item_RK int64, score_RK float32 log-probabilities over the eligible ads); -1 and -inf where a list ends.
 
         Args:
             lists: sorted catalogue indices of the ads that each audience may be shown. audience_R: which of them each request is.
             exclude: (request_X, item_X), items that are not ranked; they stay in the softmax, as in training.
+            opening: the batch as the model has encoded it already, if it has.
         """
         if not lists or any(len(items) == self._num_ads for items in lists):
             candidates = self._every_ad
@@ -51,7 +52,7 @@ class ItemRanking:
             known_X = item_C[column_X] == item_X if len(item_C) else np.zeros(len(item_X), bool)
             excluded = self._tensor(request_X[known_X]), self._tensor(column_X[known_X])
         return self.model(batch.to(self.device), task="rank_items", candidates=candidates, legal_GC=self._tensor(legal_GC),
-                          group_R=self._tensor(audience_R), k=k, excluded=excluded)
+                          group_R=self._tensor(audience_R), k=k, excluded=excluded, opening=opening)
 
     def _candidates(self, items: np.ndarray) -> Candidates:
         return Candidates(self._tensor(items.astype(np.int64)), self._tensor(self._codes_ML[items].astype(np.int64)))

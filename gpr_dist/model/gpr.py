@@ -165,9 +165,9 @@ class GPR(nn.Module):
     def _candidate_codes(self, candidates: Candidates) -> Tensor | None:
         return self.codes(candidates.codes_CL).sum(1) if self.config.items.head_codes else None
 
-    def _rank_items(self, batch: Batch, candidates: Candidates, **arguments: Any) -> tuple[Tensor, Tensor]:
-        """`Items._rank` of every request of the batch."""
-        hidden_TD = self._read(batch)[0].hidden_TD
+    def _rank_items(self, batch: Batch, candidates: Candidates, opening: Opening | None = None, **arguments: Any) -> tuple[Tensor, Tensor]:
+        """`Items._rank` of every request of the batch. Args: opening: the batch as encoded already; None = read it."""
+        hidden_TD = (self._read(batch)[0] if opening is None else opening.intents).hidden_TD
         return self.items(hidden_TD.index_select(0, batch.request_token_R), task="rank", candidates=candidates,
                           code_CD=self._candidate_codes(candidates), **arguments)
 

@@ -25,7 +25,7 @@ from gpr_dist.decoding.item_ranking import ItemRanking
 from gpr_dist.decoding.mixture import mix_lists
 from gpr_dist.decoding.model_decoder import ModelDecoder
 from gpr_dist.decoding.ranking import RankedItems, rank_items
-from gpr_dist.decoding.search import search
+from gpr_dist.decoding.search import SearchModel, search
 from gpr_dist.decoding.trie import Trie
 from gpr_dist.errors import CheckpointError
 from gpr_dist.model.gpr import GPR, GPRConfig
@@ -178,12 +178,13 @@ class Recommender:
             batch = self._with_past(batch, shown)
         ranker = self.settings.ranker
         length = k if ranker != "mix" else self.settings.list_length
-        lists, opening = [], None
+        lists, decode = [], ModelDecoder(self.model, self.device, heads=self.settings.search.heads)
+        opening = decode.start(batch)
         if ranker != "item head":
-            found, opening = self._generate(batch, shown, length)
+            found = self._generate(decode.searcher(opening), batch, shown, length)
             lists.append((found.item_BK, found.score_BK))
         if ranker != "generative":
-            lists.append(self._item_ranking(batch, shown.lists, shown.audience_B, length, shown.exclude))
+            lists.append(self._item_ranking(batch, shown.lists, shown.audience_B, length, shown.exclude, opening))
         item_BK, score_BK = lists[0]
         if ranker == "mix":
             weights = [self.settings.mix_weights.get(name, 0.0) / sum(self.settings.mix_weights.values()) for name in RANKERS]
@@ -191,7 +192,7 @@ class Recommender:
             item_BK, score_BK = torch.from_numpy(mixed[0]).long(), torch.from_numpy(mixed[1])
         request_N, place_N = (item_BK >= 0).nonzero(as_tuple=True)
         found_N = item_BK[request_N, place_N].cpu().numpy()
-        values = self._values(batch, opening, request_N.to(self.device), found_N) if self.calibration else None
+        values = self._values(opening, request_N.to(self.device), found_N) if self.calibration else None
         items, scores = found_N.tolist(), score_BK[request_N, place_N].tolist()
         first = torch.searchsorted(request_N, torch.arange(len(rows) + 1, device=request_N.device)).tolist()
         answers = []
@@ -200,23 +201,19 @@ class Recommender:
             answers.append((items[cut], scores[cut], None if values is None else values[cut]))
         return answers
 
-    def _generate(self, batch: Batch, shown: Shown, k: int) -> tuple[RankedItems, Any]:
-        """The search of launch/evaluate.py, and the encoded batch."""
+    def _generate(self, searcher: SearchModel, batch: Batch, shown: Shown, k: int) -> RankedItems:
+        """The search of launch/evaluate.py."""
         config = self.settings.search
-        decode = ModelDecoder(self.model, self.device, heads=config.heads)
-        opening = decode.start(batch)
-        result = search(decode.searcher(opening), shown.eligible, config, self.item_weight_M, request_id_B=batch.row_ids_B)
-        return rank_items(result, shown.eligible, self.item_weight_M, k, config.softmax, order=self.settings.order), opening
+        result = search(searcher, shown.eligible, config, self.item_weight_M, request_id_B=batch.row_ids_B)
+        return rank_items(result, shown.eligible, self.item_weight_M, k, config.softmax, order=self.settings.order)
 
     def _with_past(self, batch: Batch, shown: Shown) -> Batch:
         """What each request may repeat. Audiences are numbered within the micro-batch."""
         past = PastItems(self.semantic_ids.codes_NL, self.semantic_ids.codebook_size, _Groups(shown.lists))
         return past.add_to(replace(batch, request_eligibility_R=torch.from_numpy(shown.audience_B)))
 
-    def _values(self, batch: Batch, opening: Any, request_N: Tensor, items_N: np.ndarray) -> list[float]:
-        """Calibrated V_L of each (request, ad): the value head reads the ad's codes. Args: opening: None = encode the batch for it."""
-        if opening is None:
-            opening = ModelDecoder(self.model, self.device, heads=self.settings.search.heads).start(batch)
+    def _values(self, opening: Any, request_N: Tensor, items_N: np.ndarray) -> list[float]:
+        """Calibrated V_L of each (request, ad): the value head reads the ad's codes."""
         codes_NLD = self.model.codes(torch.from_numpy(self.semantic_ids.codes_NL[items_N].astype(np.int64)).to(self.device))
         head_N = torch.full_like(request_N, self.settings.search.heads[0])
         state_NLD = self.model.ptd(opening, task="generate", request_N=request_N, head_N=head_N, prefix_NlD=codes_NLD[:, :-1])
