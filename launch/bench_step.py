@@ -3,7 +3,8 @@
 Ours at several sizes: the whole step (forward, losses, backward, clipping, AdamW; no DeepSpeed) on generated journeys, and each part
 of it alone. Operations are counted as in gpr_dist/model/flops.py (multiply-add = 2, training = 3 times forward, only pairs that the
 mask allows, no embedding, norms or activations) and set against the rate that a large matrix product reaches in the same process, in
-turn with the steps: that is our MFU. "Dense" is everything of HSD or PTD but attention itself, norms and activations included.
+turn with the steps: that is our MFU. "Dense" is everything of HSD or PTD but attention itself, norms and activations included; beside
+it stands what the bare matrix products of the same shapes reach, which no implementation of this model can pass.
 
 Peers run where their path is given: `gpr_recsys=PATH` (fay85/gpr-recsys) and `generative_recommenders=PATH` (meta-recsys, its PyTorch
 path; needs fbgemm-gpu, perhaps in another Python: `hstu_python=PATH`). Against gpr-recsys ours has the same rows, width, depth, heads
@@ -193,6 +194,8 @@ def run_size(config: StepBenchConfig, name: str, size: SizeConfig) -> dict[str, 
           f"{found['memory_bytes'] / 2**20:,.0f} MiB")
     print(f"  dense parts reach {found['dense_mfu']:.0%} of the matmul rate: HSD {found['hsd_dense_mfu']:.0%}, "
           f"PTD {found['ptd_dense_mfu']:.0%}")
+    print(f"  their bare products reach HSD {found['hsd_products_mfu']:.0%}, PTD {found['ptd_products_mfu']:.0%}; of that the dense parts "
+          f"reach {found['hsd_dense_of_products']:.0%}, {found['ptd_dense_of_products']:.0%}")
     for part, share in found["parts"].items():
         print(f"    {part:24} {share['seconds'] * 1e3:8.1f} ms {share['share']:7.1%}")
     print(f"    {'sum':24} {found['parts_s'] * 1e3:8.1f} ms {found['parts_s'] / found['step_s']:7.1%} of the step")
@@ -213,6 +216,9 @@ def size_metrics(about: dict[str, Any], step_seconds: dict[str, float], matmul_f
         "flops_per_s": sum(flops.values()) / step, "matmul_flops_per_s": rate, "mfu": sum(flops.values()) / step / rate,
         "hsd_dense_mfu": flops["hsd.dense"] / hsd / rate, "ptd_dense_mfu": flops["ptd.dense"] / ptd / rate,
         "dense_mfu": (flops["hsd.dense"] + flops["ptd.dense"]) / (hsd + ptd) / rate,
+        "hsd_products_mfu": flops["hsd.dense"] / step_seconds["products: HSD"] / rate,
+        "ptd_products_mfu": flops["ptd.dense"] / step_seconds["products: PTD"] / rate,
+        "hsd_dense_of_products": step_seconds["products: HSD"] / hsd, "ptd_dense_of_products": step_seconds["products: PTD"] / ptd,
         "parts": {name: {"seconds": value, "share": value / step} for name, value in parts.items()}, "parts_s": total}
 
 

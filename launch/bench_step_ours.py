@@ -8,6 +8,7 @@ as in training.
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from bench_step_peers import LEARNING_RATE, TEMPERATURE, Steps, dtype_of, hstu_input, serve
+from bench_step_products import Bare, Products
 from torch import Tensor, nn
 
 import gpr_dist.model.hsd
@@ -24,6 +26,7 @@ from gpr_dist.data.collate import JourneyColumns, collate
 from gpr_dist.model.flops import TRAINING_FACTOR, forward_flops, work_of
 from gpr_dist.model.gpr import GPR, GPRConfig, GPROutput
 from gpr_dist.model.hsd import HSD, HSDConfig
+from gpr_dist.model.typed import NUM_TYPES
 from gpr_dist.objectives.mtp import mtp_loss, refining_loss, uniform_head_weights, value_loss
 from gpr_dist.ops.attention import hybrid_attention
 from gpr_dist.ops.cross_entropy import item_nll
@@ -37,6 +40,7 @@ NUM_ITEMS = 50_000
 MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
 PARTS = ("input embedding", "HSD without attention", "HSD attention", "PTD keys and values", "PTD opening", "PTD generation", "code loss",
          "HTE", "of which PTD attention", "optimizer")
+DENSE = {"HSD": ("HSD without attention",), "PTD": ("PTD keys and values", "PTD opening", "PTD generation")}
 
 
 def generate_batch(model: GPRConfig, rows: int, tokens: float, organic: float, ads: int, spread: float, seed: int) -> Batch:
@@ -125,17 +129,29 @@ class Training:
         self.head_weight_P = uniform_head_weights(config.num_mtp_heads, self.device)
         self.work = work_of(self.batch, config.num_mtp_heads, config.ptd.intent_window)
         self.update = Update(self.model)
-        self.made_parts: dict[str, Callable[[], None]] = {}
+        self.made_parts: dict[str, Callable[..., None]] = {}
+        self.bare: dict[str, Bare] = {}
 
     def steps(self) -> Steps:
         names = [*PARTS, *(["PTD refining loss"] if self.config.ptd.refining else [])]
         parts = {f"part: {name}": partial(self.part, name) for name in names}
-        return {"describe": self.describe, "step": self.step, "matmul": partial(matmul, self.device, self.precision), **parts}
+        products = {f"products: {decoder}": partial(self.products, decoder) for decoder in DENSE}
+        return {"describe": self.describe, "step": self.step, "matmul": partial(matmul, self.device, self.precision), **parts, **products}
 
     def part(self, name: str) -> None:
         """Run a part; the first one asked for makes them all."""
         self.made_parts = self.made_parts or self.parts()
         self.made_parts[name]()
+
+    def products(self, decoder: str) -> dict:
+        """The bare matrix products of a decoder's dense parts, recorded the first time."""
+        if decoder not in self.bare:
+            self.made_parts = self.made_parts or self.parts()
+            with Products(ignored=NUM_TYPES) as seen:
+                for name in DENSE[decoder]:
+                    self.made_parts[name](skip_attention=True)
+            self.bare[decoder] = Bare(seen.layouts, self.device)
+        return self.bare[decoder]()
 
     def describe(self) -> dict:
         return {"parameters": sum(p.numel() for p in self.model.parameters()), "tokens": self.batch.num_tokens,
@@ -157,7 +173,7 @@ class Training:
             loss = loss + REFINING_LOSS_WEIGHT * refining_loss(output.refining_N, *how)
         return loss if output.router is None else loss + output.router
 
-    def parts(self) -> dict[str, Callable[[], None]]:
+    def parts(self) -> dict[str, Callable[..., None]]:
         """Every part alone, forward and backward, from detached inputs that one whole pass leaves; "of which" repeats work of others.
 
         Attention alone is the calls that the whole pass makes; a part "without attention" makes them cost nothing.
@@ -238,14 +254,13 @@ class Part:
     def __init__(self, model: nn.Module, function: Callable, *inputs: Any, skip_attention: bool = False) -> None:
         self.model, self.function, self.inputs, self.skip_attention = model, function, cut(inputs), skip_attention
 
-    def __call__(self) -> None:
+    def __call__(self, skip_attention: bool = False) -> None:
         self.model.zero_grad()
         for tensor in tensors(self.inputs):
             tensor.grad = None
-        if self.skip_attention:
-            with patch.object(gpr_dist.model.hsd, "hybrid_attention", lambda q, k, v, *_, **__: FreeAttention.apply(q, k, v)):
-                output = self.function(*self.inputs)
-        else:
+        with ExitStack() as stack:
+            for module in (gpr_dist.model.hsd, gpr_dist.model.ptd) if skip_attention or self.skip_attention else ():
+                stack.enter_context(patch.object(module, "hybrid_attention", lambda q, k, v, *_, **__: FreeAttention.apply(q, k, v)))
             output = self.function(*self.inputs)
         found = [tensor for tensor in tensors(output) if tensor.grad_fn is not None]
         torch.autograd.backward(found, [torch.ones_like(tensor) for tensor in found])

@@ -177,8 +177,8 @@ class Padded:
 
 @dataclass
 class RelativeBias:
-    """HSTU's bias on the scores: one number for the distance in positions plus one for the logarithm of that in time, of each head or, where
-    the tables have one column, for all heads."""
+    """HSTU's bias on the scores: one number for the distance in positions plus one for the logarithm of that in time; of each head, or
+    of all where the tables have one column."""
 
     position_PH: Tensor  # distance i - j in [-AHEAD, P - AHEAD); beyond, the last one
     time_GH: Tensor  # bucket of |t_i - t_j|, half a power of two wide

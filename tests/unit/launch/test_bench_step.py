@@ -55,6 +55,9 @@ def test_parts_are_made_of_the_step(ours, extra):
     assert sum(steps["describe"]()["flops"].values()) == training_flops(config, work_of(batch, config.num_mtp_heads))
     first = steps["step"]()["loss"]
     assert all(steps["step"]()["loss"] < first for _ in range(3))
+    flops = steps["describe"]()["flops"]
+    for decoder in ("hsd", "ptd"):  # those of a handful of tokens are left out; routers and what refining adds are products too
+        assert 0.9 < steps[f"products: {decoder.upper()}"]()["flops"] / flops[f"{decoder}.dense"] < (1.2 if decoder == "hsd" else 2)
     touched = set()
     for name, run in steps.items():
         if name.startswith("part: ") and name != "part: optimizer":
@@ -109,7 +112,10 @@ def test_rates_follow_from_seconds(bench):
              "flops": {"hsd.dense": 6e9, "hsd.attention": 1e9, "ptd.dense": 2e9, "hte": 1e9}}
     parts = {"input embedding": 0.1, "HSD without attention": 0.5, "PTD keys and values": 0.1, "PTD opening": 0.1,
              "PTD generation": 0.2, "of which PTD attention": 0.15}
-    found = bench.size_metrics(about, {"step": 2.0, "matmul": 0.5, **{f"part: {k}": v for k, v in parts.items()}}, 10e9, 7)
+    products = {"products: HSD": 0.4, "products: PTD": 0.2}
+    found = bench.size_metrics(about, {"step": 2.0, "matmul": 0.5, **{f"part: {k}": v for k, v in parts.items()}, **products}, 10e9, 7)
+    assert found["hsd_products_mfu"] == pytest.approx(6 / 0.4 / 20) and found["hsd_dense_of_products"] == pytest.approx(0.8)
+    assert found["ptd_products_mfu"] == pytest.approx(2 / 0.2 / 20) and found["ptd_dense_of_products"] == pytest.approx(0.8)
     assert (found["tokens_per_s"], found["targets_per_s"], found["mfu"]) == pytest.approx((50, 5, 10 / 2 / 20))
     assert found["hsd_dense_mfu"] == pytest.approx(6 / 0.5 / 20) and found["ptd_dense_mfu"] == pytest.approx(2 / 0.25 / 20)
     assert found["dense_mfu"] == pytest.approx(8 / 0.75 / 20) and found["parts_s"] == pytest.approx(1.0)
