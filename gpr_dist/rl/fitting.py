@@ -113,7 +113,8 @@ def fit_simulator(data: Path, shards: dict[str, str], semantic_ids: SemanticIds,
     """
     manifest = check_inputs(data, shards, semantic_ids, config)
     torch.manual_seed(config.seed)
-    rankers = Rankers(config.rankers, semantic_ids.num_levels, semantic_ids.codebook_size, len(manifest.user_features),
+    sizes = config.rankers.model_copy(update={"item_buckets": min(config.rankers.item_buckets, max(semantic_ids.num_items, 1))})
+    rankers = Rankers(sizes, semantic_ids.num_levels, semantic_ids.codebook_size, len(manifest.user_features),
                       len(manifest.env_features)).to(device)
     rankers.set_content(semantic_ids.quantizer.codebooks_LVK.detach())
     eligibility = Eligibility.load(data)
@@ -122,11 +123,9 @@ def fit_simulator(data: Path, shards: dict[str, str], semantic_ids: SemanticIds,
     seen = _train(rankers, shards["train"], semantic_ids, labeller, config, sums, counts, device)
     bids = find_bids(data / "catalogue" / "catalogue.arrow", sums, config.bids)
 
-    sizes = group_sizes(eligibility)
-    validation, test = (_predict(rankers, shards[split], semantic_ids, eligibility, config, sizes, device)
+    group_size_G1 = group_sizes(eligibility)
+    validation, test = (_predict(rankers, shards[split], semantic_ids, eligibility, config, group_size_G1, device)
                         for split in ("validation", "test"))
-    if not len(validation.row):
-        raise DataError(f"{shards['validation']} has no ads to calibrate on; choose cut-offs that leave some requests to validation")
     fitting = validation.row % 2 == 0
     half, other = HeldOut(*(x[fitting] for x in validation)), HeldOut(*(x[~fitting] for x in validation))
     _check_classes(int(half.click.sum()), len(half.click), "clicked", "held-out ad")
@@ -138,13 +137,13 @@ def fit_simulator(data: Path, shards: dict[str, str], semantic_ids: SemanticIds,
         _check_classes(int(half.convert[known].sum()), int(known.sum()), "converted", "held-out click")
         conversion = calibrate(half.raw[known, 1], half.convert[known], half.weight[known], config.calibration)
     facts = SimulatorFacts(
-        rankers=config.rankers, labels=config.labels, num_levels=semantic_ids.num_levels, codebook_size=semantic_ids.codebook_size,
+        rankers=sizes, labels=config.labels, num_levels=semantic_ids.num_levels, codebook_size=semantic_ids.codebook_size,
         num_user_features=len(manifest.user_features), num_env_features=len(manifest.env_features), tokenizer=semantic_ids.fingerprint,
         catalogue=semantic_ids.catalogue_fingerprint, shards=manifest.fingerprint, click_curve=click.curve,
         conversion_curve=conversion.curve if conversion else None, bids=bids.origin,
         final_value=FinalValue(config=config.final_value, mean_ecpm=1.0, mean_click=1.0, mean_conversion=0.0))
     codes_ML = torch.from_numpy(np.array(semantic_ids.codes_NL))
-    simulator = Simulator(facts, rankers, codes_ML, torch.from_numpy(bids.bid_M), sizes).to("cpu")
+    simulator = Simulator(facts, rankers, codes_ML, torch.from_numpy(bids.bid_M), group_size_G1).to("cpu")
     simulator.facts = facts.model_copy(update={"final_value": _value_means(simulator, half, config.final_value)})
     warnings = [f"{name}: {each.warning}" for name, each in (("pCTR", click), ("pCVR", conversion)) if each and each.warning]
     for warning in warnings:
@@ -223,8 +222,8 @@ def _cross_entropy(logit_N: Tensor, label_N: Tensor, counted_N: Tensor) -> Tenso
 
 
 @torch.no_grad()
-def _predict(rankers: Rankers, shards: str, semantic_ids: SemanticIds, eligibility: Eligibility, config: SimulatorConfig, sizes: Tensor,
-             device: torch.device | str) -> HeldOut:
+def _predict(rankers: Rankers, shards: str, semantic_ids: SemanticIds, eligibility: Eligibility, config: SimulatorConfig,
+             group_size_G1: Tensor, device: torch.device | str) -> HeldOut:
     """Examples and logits of one split's first rows."""
     batches = iter_once(shards, LoaderConfig(), WORLD, semantic_ids.codes_NL, 1, config.training.held_out_rows)
     labeller = Labeller(config.labels, eligibility, batches.reader.manifest.last_timestamp, config.seed, training=False)
@@ -233,11 +232,13 @@ def _predict(rankers: Rankers, shards: str, semantic_ids: SemanticIds, eligibili
         examples = labeller(batch)
         request_N, item_N = examples.request_N.to(device), examples.item_N.to(device)
         codes_NL = torch.from_numpy(semantic_ids.codes_NL[examples.item_N.numpy()].astype(np.int64)).to(device)
-        raw_N2 = raw_logits(rankers, config.labels, sizes.to(device), batch.to(device), request_N, item_N, codes_NL)
+        raw_N2 = raw_logits(rankers, config.labels, group_size_G1.to(device), batch.to(device), request_N, item_N, codes_NL)
         row_N = batch.row_ids_B[batch.request_row_R[examples.request_N]]
         labels = (x.double() for x in (examples.click_N, examples.convert_N, examples.weight_N))
         parts.append(HeldOut(*(x.numpy() for x in (row_N, examples.item_N, raw_N2.double().cpu(), *labels, examples.logged_N))))
-    return HeldOut(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    nothing = HeldOut(*(np.zeros((0, 2) if name == "raw" else 0, np.int64 if name in ("row", "item") else np.float64)
+                        for name in HeldOut._fields))
+    return HeldOut(*(np.concatenate(columns) for columns in zip(*parts, strict=True))) if parts else nothing
 
 
 def _value_means(simulator: Simulator, held_out: HeldOut, config: FinalValueConfig) -> FinalValue:

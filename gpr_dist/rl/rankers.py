@@ -35,8 +35,8 @@ class RankerConfig(Config):
     hidden: tuple[int, ...] = (64, 32)
     """widths of the hidden layers"""
     item_buckets: int = Field(1 << 16, ge=1)
-    """rows of the item table; with fewer than items, some items share one (their codes still tell them apart)"""
-    feature_buckets: int = Field(1 << 14, ge=1)
+    """most rows of the item table; with fewer than items, some items share one (their codes still tell them apart)"""
+    feature_buckets: int = Field(1 << 12, ge=1)
     """rows of each of the two hashed tables of U and E features"""
     history_events: int = Field(256, ge=1)
     """most O and I tokens of the row before the request that are read, the latest ones"""
