@@ -74,7 +74,8 @@ def for_policy(config: HepoConfig) -> HepoConfig:
     if weights is not None and len(weights) != config.model.num_levels:
         raise ConfigError(f"policy.level_weights={list(weights)} must list {config.model.num_levels} levels")
     model = _without_dropout(config.model.model_dump()) | {"critic": config.policy.algorithm == "hepo"}
-    return config.model_copy(update={"model": build_config(GPRConfig, model, "the model of the policy")})
+    engine = config.engine.model_copy(update={"lr_scales": {"critic.": config.policy.critic_lr} if model["critic"] else {}})
+    return config.model_copy(update={"model": build_config(GPRConfig, model, "the model of the policy"), "engine": engine})
 
 
 def _without_dropout(settings: dict[str, Any]) -> dict[str, Any]:

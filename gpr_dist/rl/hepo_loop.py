@@ -65,6 +65,8 @@ def fit_hepo(parts: Parts, loader: Loader, config: HepoFitConfig, run: Path, tra
         tracker.say(f"stopped at step {progress.step} by {guards.stopped}; raise that limit to go on")
         return progress
     num_steps, skipped_in_a_row, old = config.schedule.num_steps, 0, None
+    if validate and not progress.step and config.validate_every_steps:
+        _log_start(parts, validate, tracker)
     engine.train()
     with stop_requested() as stop:
         steps = iter(loader) if progress.step < num_steps else iter(())
@@ -104,6 +106,14 @@ def fit_hepo(parts: Parts, loader: Loader, config: HepoFitConfig, run: Path, tra
                 tracker.say(f"stop signal: saved {checkpoint.step_folder(run, progress.step)} and leaving")
                 break
     return progress
+
+
+def _log_start(parts: Parts, validate: Callable[[], dict[str, float]], tracker: Tracker) -> None:
+    """What the start weights earn, for comparison: step 0 of metrics.jsonl."""
+    parts.engine.train(False)
+    metrics = validate()
+    tracker.log(0, metrics)
+    tracker.say("start: " + "  ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in metrics.items()))
 
 
 def _count(progress: Progress, outcome: StepOutcome, seconds: float) -> None:

@@ -73,8 +73,8 @@ def hepo_step(parts: Parts, data: Step, step: int, old: list[Tensor] | None, sca
     guarded = guards.is_due(step)
     rolled = _roll_out(parts, data, step, old, guarded or config.kl_weight > 0 or config.algorithm == "dpo")
     rolled_s = parts.clock() - started
-    logged, weighing_metrics = _logged_ads(parts, data)
-    facts = _reduced(engine, _facts(rolled, data, logged))
+    logged, num_targets, weighing_metrics = _logged_ads(parts, data)
+    facts = _reduced(engine, _facts(rolled, data) | {"targets": torch.tensor(float(num_targets), dtype=torch.float64)})
     groups, candidates = max(1.0, facts["groups"]), max(1.0, facts["candidates"])
     if facts["groups"]:
         scale.update(facts["counted_value"] / candidates, facts["variance"] / groups)
@@ -142,16 +142,16 @@ def _roll_out(parts: Parts, data: Step, step: int, old: list[Tensor] | None, wit
     return rolled
 
 
-def _logged_ads(parts: Parts, data: Step) -> tuple[list[Batch], dict[str, float]]:
-    """The micro-batches of the stabiliser, weighed; none without it."""
+def _logged_ads(parts: Parts, data: Step) -> tuple[list[Batch], int, dict[str, float]]:
+    """The micro-batches of the stabiliser, weighed and sampled; their targets before sampling; metrics. None without a stabiliser."""
     if parts.stabiliser is None or not parts.config.stabiliser_weight:
-        return [], {}
+        return [], 0, {}
     batches, metrics = parts.weighing(parts.engine, data.micro_batches) if parts.weighing else (data.micro_batches, {})
     seed = data.epoch * 1_000_003 + data.step_in_epoch
-    return [sample_targets(batch, parts.target_share, seed) for batch in batches], metrics
+    return [sample_targets(batch, parts.target_share, seed) for batch in batches], sum(batch.num_targets for batch in batches), metrics
 
 
-def _facts(rolled: list[Rolled], data: Step, logged: list[Batch]) -> dict[str, Tensor]:
+def _facts(rolled: list[Rolled], data: Step) -> dict[str, Tensor]:
     """Sums over this rank's micro-batches of what is known before the update."""
     sums: dict[str, Tensor] = {}
     for one in rolled:
@@ -163,8 +163,7 @@ def _facts(rolled: list[Rolled], data: Step, logged: list[Batch]) -> dict[str, T
                     "value": rollout.value_N.sum(), "counted_value": (rollout.value_N * one.counts_N).sum(), "best_value": best_R.sum(),
                     "variance": (std_R.square() * counts_R).sum(), "ecpm": rollout.ecpm_N.sum()})
     _add(sums, {"rows": sum(batch.num_rows for batch in data.micro_batches),
-                "tokens": sum(batch.num_tokens for batch in data.micro_batches),
-                "targets": sum(batch.num_targets for batch in logged)})
+                "tokens": sum(batch.num_tokens for batch in data.micro_batches)})
     return sums
 
 

@@ -42,7 +42,9 @@ class PolicyConfig(Config):
     level_weights: tuple[float, ...] | None = None
     """hepo, grpo: c_l of each level; none = 1/L"""
     critic_weight: float = Field(0.5, ge=0)
-    """hepo: weight of the critic's loss, which reaches the critic alone"""
+    """hepo: weight of the critic's loss, which reaches the critic alone: with AdamW it only matters where gradients are clipped"""
+    critic_lr: float = Field(10.0, gt=0)
+    """hepo: learning rate of the critic over that of the policy; below the last level only the critic's judgement tells codes apart"""
     dpo_beta: float = Field(0.1, gt=0)
     """dpo: beta"""
     process: ProcessRewardConfig = ProcessRewardConfig()

@@ -21,10 +21,11 @@ import deepspeed  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state  # noqa: E402
-from pydantic import model_validator  # noqa: E402
+from pydantic import Field, model_validator  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from gpr_dist.config import Config  # noqa: E402
+from gpr_dist.errors import ConfigError  # noqa: E402
 
 STATES = ("param", "exp_avg", "exp_avg_sq")
 
@@ -42,6 +43,8 @@ class EngineConfig(Config):
     """AdamW's decay of the first moment"""
     beta2: float = 0.98
     """AdamW's decay of the second moment"""
+    lr_scales: dict[str, float] = Field({})
+    """learning rate of the parameters whose names begin so, relative to that of the others"""
     gradient_clipping: float = 1.0
     """largest global gradient norm; 0 = no clipping"""
     bucket_elements: int = 5_000_000
@@ -117,6 +120,17 @@ class GuardedAdamW(torch.optim.AdamW):
         return super().step(closure)
 
 
+def parameter_groups(model: nn.Module, lr_scales: dict[str, float]) -> list[dict[str, Any]]:
+    """What an optimizer wants: the parameters, those with a rate of their own apart. Raises: ConfigError where two names claim one."""
+    groups: dict[float, list[nn.Parameter]] = {1.0: []}
+    for name, parameter in model.named_parameters():
+        found = [scale for prefix, scale in lr_scales.items() if name.startswith(prefix)]
+        if len(found) > 1:
+            raise ConfigError(f"engine.lr_scales={lr_scales} has {len(found)} entries for {name}; leave one")
+        groups.setdefault(found[0] if found else 1.0, []).append(parameter)
+    return [{"params": parameters, "lr_scale": scale} for scale, parameters in groups.items() if parameters]
+
+
 def deepspeed_config(config: EngineConfig, world_size: int) -> dict[str, Any]:
     """The dictionary DeepSpeed wants; nobody writes batch sizes twice, because the caller owns the accumulation boundary."""
     # Stage 1 with float32 accumulation selects DeepSpeed's BF16_Optimizer, which counts micro-batches twice when the caller owns
@@ -150,7 +164,8 @@ class Engine:
         self.config = config
         self.rank, self.world_size, self.device = dist.get_rank(), dist.get_world_size(), device()
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        self.optimizer = GuardedAdamW(model.parameters(), clip_to=None if config.zero_stage else config.gradient_clipping, lr=0.0,
+        clip_to = None if config.zero_stage else config.gradient_clipping
+        self.optimizer = GuardedAdamW(parameter_groups(model, config.lr_scales), clip_to=clip_to, lr=0.0,
                                       betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
         with contextlib.redirect_stdout(None):
             self.zero, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer,
@@ -184,7 +199,7 @@ class Engine:
         self.optimizer.withhold = not apply
         self.optimizer.measured_norm = None
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         self.zero.step()
         self._clear_gradient_buffers()
         self._grad_peak.zero_()

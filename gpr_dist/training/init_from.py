@@ -2,7 +2,7 @@
 
 Every rank reads the ranges it owns under ZeRO-3, as a resume does. What must agree is checked before anything changes: what the codes
 mean (the tokenizer's codebooks), what knowledge vectors mean, and the model. Data may differ: that is what fine-tuning is for. Parts
-that only one kind of job has (the critic) may be missing on either side: they start fresh, or are left behind.
+that only one kind of job has (the critic) may be missing on either side: they start from a twin or fresh, or are left behind.
 """
 
 from collections.abc import Callable, Mapping
@@ -54,9 +54,9 @@ def init_from(engine: Engine, source: Path, model: GPRConfig, fingerprints: Mapp
     weights = open_weights(source)  # every rank reads the same files, so all of them go on or all of them raise
     check_same_model(weights, model, fingerprints, {name: tuple(shape) for name, shape in engine.shapes.items()}, free)
     for shard in engine.loadable_shards():
-        if shard.name not in weights.shapes:  # an optional part keeps its first values
-            continue
-        weights.read(shard.tensors["param"], shard.lo, shard.hi, shard.name)
+        name = shard.name if shard.name in weights.shapes else stand_in(shard.name, weights.shapes)
+        if name is not None:
+            weights.read(shard.tensors["param"], shard.lo, shard.hi, name)
     engine.finish_loading(0)
     return {"source": str(weights.source), "fingerprints": dict(weights.fingerprints)}
 
@@ -81,6 +81,17 @@ def open_weights(source: Path) -> InitialWeights:
 
     return InitialWeights(source, build_config(GPRConfig, state["config"]["model"], f"{source}/state.json"), state["fingerprints"],
                           {name: tuple(shape) for name, shape in state["shapes"].items()}, from_checkpoint)
+
+
+def stand_in(name: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Whose weights an optional part takes that the source does not have; None = it keeps its first values.
+
+    The critic's hidden layers begin as those of the HTE, which has learned what prefixes are worth from the same states; its last layers
+    stay 0, for its numbers are others.
+    """
+    *_, layer, _ = name.split(".")
+    twin = name.replace("critic.", "hte.", 1)
+    return twin if name.startswith("critic.") and layer == "0" and twin in shapes else None
 
 
 def _choose(engine: Engine, source: Path) -> Path:

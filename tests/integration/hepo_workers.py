@@ -83,7 +83,10 @@ def hand_over(runs: str) -> dict:
     init_from(second, save(first, "first", False), model_config(critic=True), fingerprints)
     third = engine_with(False, seed=3)
     init_from(third, save(second, "second", True), model_config(), fingerprints)
-    found = {name: measure(engine) for name, engine in {"first": first, "second": second, "third": third}.items()}
+    masters = {shard.name: shard.tensors["param"] for shard in second.state_shards()}
+    hidden = [name for name in masters if name.startswith("critic.") and name.split(".")[-2] == "0"]
+    twins = len(hidden) > 1 and all(torch.equal(masters[name], masters[name.replace("critic.", "hte.")]) for name in hidden)
+    found = {"twins": twins} | {name: measure(engine) for name, engine in {"first": first, "second": second, "third": third}.items()}
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return found
@@ -128,3 +131,44 @@ def last_requests(batch: Batch) -> Batch:
     """A stand-in for the rehearsal: each row's last request once more."""
     row_R = batch.request_row_R
     return take_requests(batch, torch.cat((row_R[1:] != row_R[:-1], torch.ones(min(1, len(row_R)), dtype=torch.bool))))
+
+
+def own_rates(runs: str, cases: list[dict]) -> list[dict]:
+    """The largest change of a first step with AdamW, which is the learning rate, by part; and whether a checkpoint brings it all back."""
+    init_distributed(TIMEOUT_S)
+    results = []
+    for number, case in enumerate(cases):
+        case = case | {"lr_scales": {"critic.": 10.0, "hte.": 0.5}, "weight_decay": 0.0, "timeout_seconds": TIMEOUT_S}
+
+        def start(case=case) -> Engine:
+            torch.manual_seed(0)
+            return Engine(GPR(model_config(critic=True)), EngineConfig(**case))
+
+        def train(engine: Engine, steps: range) -> None:
+            for step in steps:
+                batch = random_batch(10 * step + engine.rank)
+                share = share_loss(engine, batch, 30)
+                engine.backward(share)
+                engine.backward((engine(batch, task="policy").value_NL - 1).square().sum() / 30)
+                engine.step(1e-3)
+
+        engine = start()
+        before = {(s.name, s.lo): s.tensors["param"].clone() for s in engine.state_shards()}
+        train(engine, range(1))
+        moved = {"critic": 0.0, "hte": 0.0, "codes": 0.0}
+        for shard in engine.state_shards():
+            part = shard.name.split(".")[0]
+            if part in moved:
+                moved[part] = max(moved[part], float((shard.tensors["param"] - before[shard.name, shard.lo]).abs().max()))
+        fingerprints, run = {"tokenizer": "t"}, Path(runs) / str(number)
+        checkpoint.save(engine, run, 1, {"fingerprints": fingerprints, "config": {}, "progress": {}})
+        train(engine, range(1, 3))
+        again = start()
+        checkpoint.load_latest(again, run, fingerprints)
+        train(again, range(1, 3))
+        pairs = zip(engine.state_shards(), again.state_shards(), strict=True)
+        same = all(torch.equal(a.tensors[key], b.tensors[key]) for a, b in pairs for key in a.tensors)
+        results.append({"moved": {k: float(engine.all_reduce(torch.tensor(v), "max")) for k, v in moved.items()}, "same": same})
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return results
