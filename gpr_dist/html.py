@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jinja2
-from cycler import cycler
 from markupsafe import Markup
 
 SERIES = tuple(f"#0000a{digit}" for digit in range(1, 7))
@@ -22,7 +21,7 @@ _STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "", "font.size": 9, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT,
     "xtick.color": FAINT, "ytick.color": FAINT, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "grid.color": FAINT, "grid.alpha": 0.35,
     "grid.linewidth": 0.6, "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
-    "lines.linewidth": 1.8, "legend.frameon": False, "axes.prop_cycle": cycler(color=SERIES),
+    "lines.linewidth": 1.8, "legend.frameon": False,
 }
 
 
@@ -103,7 +102,8 @@ def draw(paint: Callable[[Any], None], caption: str, width: float = 5.4, height:
     import matplotlib  # here: jobs that draw nothing need not wait for it
     from matplotlib.figure import Figure as Canvas
 
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": caption}):  # ids must differ between the drawings of one page
+    style = {**_STYLE, "axes.prop_cycle": matplotlib.cycler(color=SERIES), "svg.hashsalt": caption}  # ids differ between a page's drawings
+    with matplotlib.rc_context(style):
         canvas = Canvas(figsize=(width, height), layout="constrained")
         paint(canvas.subplots())
         buffer = io.StringIO()

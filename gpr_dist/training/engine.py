@@ -5,6 +5,7 @@ we rely on it or work around it; tests/integration repeats each of those facts.
 """
 
 import contextlib
+import importlib
 import os
 import warnings
 from collections.abc import Iterator
@@ -83,8 +84,18 @@ def init_distributed(timeout_seconds: float = 1800.0) -> None:
     else:
         # Otherwise DeepSpeed compiles a shared-memory op at start, 30 s, and a kill during that build hangs every later run.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_muon()
     with contextlib.redirect_stdout(None):
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds), verbose=False)
+
+
+def _import_muon() -> None:
+    """DeepSpeed always imports its Muon optimizer, whose `torch.compile` loads the whole compiler: a second of every start, for nothing."""
+    compile_, torch.compile = torch.compile, lambda function=None, **_: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        torch.compile = compile_
 
 
 def device() -> torch.device:

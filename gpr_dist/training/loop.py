@@ -245,7 +245,7 @@ def memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure_peak_flops(precision: str, device: torch.device, size: int = 1024, repeats: int = 10) -> float:
+def measure_peak_flops(precision: str, device: torch.device, size: int = 1024, repeats: int = 4) -> float:
     """Rate of a large square matrix product on this device, operations per second: the denominator of our MFU."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     size = size if device.type == "cpu" else 8192
