@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from ranks import ROOT, free_port, rank_environment
+from ranks import ROOT, free_port, rank_environment, run_ranks
 
 from data_pipeline.build import BuildConfig, build_data
 from data_pipeline.tokenize_items import FitTokenizerConfig, build_tokenizer
@@ -148,6 +148,17 @@ class Pretraining:
 
     def describe(self) -> str:
         return f"stdout:\n{self.stdout[-3000:]}\nstderr:\n{self.stderr[-5000:]}"
+
+
+def run_in_one_group(folder: Path, jobs: dict[str, list[str]], ranks: int = 1) -> dict[str, str]:
+    """launch/pretrain.py with every list of overrides, one after another in one process group: starting costs more than a tiny run.
+
+    Returns: by name the error that ended the job on every rank, "" without one.
+    """
+    started = [("pretrain", [*TINY, *overrides]) for overrides in jobs.values()]
+    first, *others = run_ranks("stage_workers:run_stages", ranks, folder, timeout=240, jobs=started)
+    assert all(other == first for other in others)
+    return dict(zip(jobs, first, strict=True))
 
 
 def _file_limit(num_bytes: int | None) -> Any:

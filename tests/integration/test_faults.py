@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pretrain_runs import NUM_STEPS, Pretraining, logged_losses, members_of, run_pretraining
+from pretrain_runs import NUM_STEPS, Pretraining, logged_losses, members_of, run_in_one_group, run_pretraining
 
 from data_pipeline.build import BuildConfig, build_data
 from data_pipeline.tokenize_items import FitTokenizerConfig, build_tokenizer
@@ -150,16 +150,9 @@ def test_changed_inputs_are_refused_on_resume(tiny, python_run, tmp_path):
         "width": (["model.width=32"], ["CheckpointError", "of shape", "32"]),
         "batch": (["data.loader.global_batch_size=8"], ["DataError", "global_batch_size 16", "8"])}
     metrics = (run / "metrics.jsonl").read_bytes()
-    names = list(cases)
-    for pair in (names[:2], names[2:]):
-        with contextlib.ExitStack() as stack:
-            jobs = {name: stack.enter_context(Pretraining(tmp_path / name, [
-                f"data.folder={tiny}/data", f"run.folder={run.parent}", f"run.name={run.name}", *cases[name][0]], launcher="python"))
-                for name in pair}
-            for name, job in jobs.items():
-                assert job.wait() == [2], f"{name}\n{job.describe()}"
-                assert len(job.errors()) == 1 and all(part in job.errors()[0] for part in cases[name][1]), f"{name}\n{job.describe()}"
-                assert "Traceback" not in job.stderr
+    same_run = [f"data.folder={tiny}/data", f"run.folder={run.parent}", f"run.name={run.name}"]
+    for name, error in run_in_one_group(tmp_path / "ranks", {name: [*same_run, *changes] for name, (changes, _) in cases.items()}).items():
+        assert all(part in error for part in cases[name][1]) and "\n" not in error, f"{name}: {error}"
     assert (run / "metrics.jsonl").read_bytes() == metrics and complete_steps(run)[-1] == NUM_STEPS
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import yaml
 from documents import launch_module
-from pretrain_runs import logged_losses, run_pretraining
+from pretrain_runs import logged_losses, run_in_one_group, run_pretraining
 from ranks import ROOT
 
 from data_pipeline.knowledge import BuildKnowledgeConfig, build_knowledge
@@ -58,20 +58,20 @@ def test_train_resume_and_evaluate_with_knowledge(tiny, knowledge, tmp_path):
     # One rank is as good as two; other vectors of the same sizes make other losses, from the same weights.
     template = {"every_days": 7, "words": 1, "aspects": ["promotions", "interests", "habits"]}
     build_knowledge(build_config(BuildKnowledgeConfig, settings(tiny, tmp_path / "other", template=template), "test"))
-    for name, folder in (("same", knowledge), ("other", tmp_path / "other")):
-        alone = [*overrides(tiny, tmp_path, folder, 4), f"run.name={name}", "train.validate_every_steps=0"]
-        run_pretraining(tmp_path / f"{name}_job", alone, launcher="python")
-    same, other = (logged_losses(tmp_path / "runs" / name) for name in ("same", "other"))
-    assert same == pytest.approx(first, rel=1e-4) and abs(other[1] / same[1] - 1) > 1e-6
-
-    # A run goes on with other vectors of the same encoder and with no others.
-    refused = run_pretraining(tmp_path / "refused", overrides(tiny, tmp_path, tmp_path / "other", 6), expect=2, launcher="python")
-    assert len(refused.errors()) == 1 and "trained with knowledge" in refused.errors()[0] and "CheckpointError" in refused.errors()[0]
     refreshed = settings(tiny, tmp_path / "refreshed", template={"every_days": 3, "words": 1},
                          embedding={"source": "same", "path": str(knowledge)})
     build_knowledge(build_config(BuildKnowledgeConfig, refreshed, "test"))
     assert KnowledgeManifest.load(tmp_path / "refreshed").vectors != KnowledgeManifest.load(knowledge).vectors
-    run_pretraining(tmp_path / "goes_on", overrides(tiny, tmp_path, tmp_path / "refreshed", 6), launcher="python")
+    jobs = {name: [*overrides(tiny, tmp_path, folder, 4), f"run.name={name}", "train.validate_every_steps=0"]
+            for name, folder in (("same", knowledge), ("other", tmp_path / "other"))}
+    jobs |= {"refused": overrides(tiny, tmp_path, tmp_path / "other", 6), "goes on": overrides(tiny, tmp_path, tmp_path / "refreshed", 6)}
+    ended = run_in_one_group(tmp_path / "one_rank", jobs)
+    same, other = (logged_losses(tmp_path / "runs" / name) for name in ("same", "other"))
+    assert same == pytest.approx(first, rel=1e-4) and abs(other[1] / same[1] - 1) > 1e-6
+
+    # A run goes on with other vectors of the same encoder and with no others.
+    assert [name for name, error in ended.items() if error] == ["refused"]
+    assert "trained with knowledge" in ended["refused"] and "CheckpointError" in ended["refused"]
     assert list(logged_losses(run)) == list(range(1, 7))
 
     arguments = [f"checkpoint={run}", "settings.max_rows=7", "settings.beam_width=8", "settings.ks=[2]", "baselines=false"]

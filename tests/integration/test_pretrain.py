@@ -6,12 +6,13 @@ import shutil
 import pytest
 import yaml
 from documents import ROOT
-from pretrain_runs import NUM_STEPS, Pretraining, logged_losses, run_pretraining
+from pretrain_runs import NUM_STEPS, Pretraining, logged_losses, run_in_one_group, run_pretraining
 
 from gpr_dist.config import load_config
-from gpr_dist.errors import DataError
-from gpr_dist.job import PretrainConfig, prepare_history
+from gpr_dist.errors import ConfigError, DataError
+from gpr_dist.job import PretrainConfig, RunConfig, prepare_history
 from gpr_dist.schema import ShardManifest
+from gpr_dist.start import check_resume
 from gpr_dist.training.tracker import Tracker, TrackerConfig, read_metrics
 
 
@@ -94,18 +95,12 @@ def test_wandb_that_fails_later_is_switched_off(tmp_path, monkeypatch, capsys):
     assert "no route to host" in capsys.readouterr().err
 
 
-def test_dry_run_and_help(tiny, tmp_path):
-    with contextlib.ExitStack() as stack:  # side by side: most of the time is imports
-        existing, missing, help_text = (
-            stack.enter_context(Pretraining(tmp_path / name, overrides, launcher="python", tiny=name != "help"))
-            for name, overrides in (("existing", [f"data.folder={tiny}/data", f"run.folder={tmp_path}/runs", "--dry-run"]),
-                                    ("missing", [f"data.folder={tmp_path}/none", "--dry-run"]), ("help", ["--help"])))
-        for job in (existing, missing, help_text):
-            assert job.wait() == [0], job.describe()
+def test_dry_run_looks_at_the_data(tiny, tmp_path):
+    """Without data: test_every_yaml_is_accepted; --help: test_help_runs."""
+    overrides = [f"data.folder={tiny}/data", f"run.folder={tmp_path}/runs", "--dry-run"]
+    existing = run_pretraining(tmp_path / "job", overrides, launcher="python")
     text, counts = existing.stdout.split("\n\n", 1)
-    assert yaml.safe_load(text)["model"]["codebook_size"] == 16 and "parameters" in counts
-    assert "parameters" in missing.stdout and not (tmp_path / "none").exists() and not (tmp_path / "runs").exists()
-    assert "train.schedule.lr=" in help_text.stdout and "--dry-run" in help_text.stdout
+    assert yaml.safe_load(text)["model"]["codebook_size"] == 16 and "parameters" in counts and not (tmp_path / "runs").exists()
 
 
 MISTAKES = {
@@ -120,15 +115,19 @@ MISTAKES = {
 
 
 def test_mistakes_are_one_line(tiny, tmp_path):
-    names = list(MISTAKES)
-    for pair in (names[n : n + 2] for n in range(0, len(names), 2)):
-        with contextlib.ExitStack() as stack:
-            jobs = {name: stack.enter_context(Pretraining(tmp_path / name.replace(" ", "_"), [
-                f"data.folder={tiny}/data", f"run.folder={tmp_path}/runs", *MISTAKES[name][0]], launcher="python")) for name in pair}
-            for name, job in jobs.items():
-                assert job.wait() == [2], f"{name}\n{job.describe()}"
-                lines = job.stderr.strip().splitlines()
-                assert len(lines) == 1 and all(part in lines[0] for part in MISTAKES[name][1]), f"{name}\n{job.describe()}"
+    """Two as a user sees them, side by side; of the others the text that becomes the line."""
+    jobs = {name: [f"data.folder={tiny}/data", f"run.folder={tmp_path}/runs", *overrides] for name, (overrides, _) in MISTAKES.items()}
+    alone = ("unknown key", "streams")
+    with contextlib.ExitStack() as stack:
+        started = {name: stack.enter_context(Pretraining(tmp_path / name.replace(" ", "_"), jobs.pop(name), launcher="python"))
+                   for name in alone}
+        for name, job in started.items():
+            assert job.wait() == [2], f"{name}\n{job.describe()}"
+            assert len(job.stderr.strip().splitlines()) == 1, f"{name}\n{job.describe()}"
+    said = {name: job.stderr for name, job in started.items()} | run_in_one_group(tmp_path / "together", jobs)
+    assert len(said) == len(MISTAKES)
+    for name, (_, parts) in MISTAKES.items():
+        assert all(part in said[name] for part in parts) and "\n" not in said[name].strip(), f"{name}: {said[name]}"
     assert not (tmp_path / "runs").exists()
 
 
@@ -141,11 +140,11 @@ def test_batch_size_that_does_not_fit_the_ranks(tiny, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_resume_false_refuses_a_run_that_has_checkpoints(python_run, tiny, tmp_path):
+def test_resume_false_refuses_a_run_that_has_checkpoints(python_run):
     _, run = python_run
-    overrides = [f"data.folder={tiny}/data", f"run.folder={run.parent}", f"run.name={run.name}", "run.resume=false"]
-    job = run_pretraining(tmp_path / "job", overrides, expect=2, launcher="python")
-    assert len(job.errors()) == 1 and f"step-{NUM_STEPS:06d}" in job.errors()[0]
+    with pytest.raises(ConfigError, match=rf"{run} already has checkpoints up to step-{NUM_STEPS:06d}"):
+        check_resume(RunConfig(folder=run.parent, name=run.name, resume=False))
+    check_resume(RunConfig(folder=run.parent, name=run.name))
 
 
 def test_damaged_shards_stop_the_run(tiny, tmp_path):
