@@ -6,6 +6,7 @@ import bench_decode
 import bench_hepo
 import bench_loader
 import bench_recommend
+import bench_recursion
 import bench_step
 import bench_table1
 import bench_tokenizer
@@ -18,6 +19,7 @@ COMMANDS = {
     "hepo": (bench_hepo.HepoBenchConfig, bench_hepo.run_bench, "rollouts and updates of the policy optimisation per second"),
     "loader": (bench_loader.LoaderBenchConfig, bench_loader.run_bench, "rows/s and MB/s of the streaming loader beside other loaders"),
     "recommend": (bench_recommend.RecommendBenchConfig, bench_recommend.run_bench, "requests/s and latency of a bundle, JSON to answers"),
+    "recursion": (bench_recursion.RecursionBenchConfig, bench_recursion.run_bench, "what a token that leaves the recursion early costs"),
     "step": (bench_step.StepBenchConfig, bench_step.run_bench, "training step: rates, MFU, time by part, beside two public models"),
     "tokenizer": (bench_tokenizer.TokenizerBenchConfig, bench_tokenizer.run_bench, "fit and encode speed beside other residual quantizers"),
     "table1": (bench_table1.Table1Config, bench_table1.run_bench, "collision, CUR and PAS of the tokenizer's methods on held-out items"),
