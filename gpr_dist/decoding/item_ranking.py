@@ -19,11 +19,16 @@ from gpr_dist.schema import Batch, Candidates
 class ItemRanking:
     """Ranks the requests of batch after batch."""
 
-    def __init__(self, model: Callable[..., Any], device: torch.device | str, codes_ML: np.ndarray, ads: np.ndarray) -> None:
-        """Args: model: a GPR with an item head, or an engine around it. codes_ML: semantic IDs. ads: sorted indices of all ads."""
+    def __init__(self, model: Callable[..., Any], device: torch.device | str, codes_ML: np.ndarray, ads: np.ndarray,
+                 frozen: bool = False) -> None:
+        """Args: model: a GPR with an item head, or an engine around it. codes_ML: semantic IDs. ads: sorted indices of all ads.
+        frozen: the weights stay as they are, so that the output vectors of all ads are gathered once (ads x width numbers)."""
         self.model, self.device = model, device
         self._codes_ML, self._num_ads = codes_ML, len(ads)
-        self._every_ad = self._candidates(ads)
+        self._every_ad, self._outputs = self._candidates(ads), None
+        if frozen:
+            with torch.no_grad():
+                self._outputs = model(None, task="item_outputs", candidates=self._every_ad)
 
     @torch.no_grad()
     def __call__(self, batch: Batch, lists: Sequence[np.ndarray], audience_R: np.ndarray, k: int,
@@ -52,7 +57,8 @@ class ItemRanking:
             known_X = item_C[column_X] == item_X if len(item_C) else np.zeros(len(item_X), bool)
             excluded = self._tensor(request_X[known_X]), self._tensor(column_X[known_X])
         return self.model(batch.to(self.device), task="rank_items", candidates=candidates, legal_GC=self._tensor(legal_GC),
-                          group_R=self._tensor(audience_R), k=k, excluded=excluded, opening=opening)
+                          group_R=self._tensor(audience_R), k=k, excluded=excluded, opening=opening,
+                          outputs=self._outputs if candidates is self._every_ad else None)
 
     def _candidates(self, items: np.ndarray) -> Candidates:
         return Candidates(self._tensor(items.astype(np.int64)), self._tensor(self._codes_ML[items].astype(np.int64)))

@@ -110,9 +110,9 @@ class GPR(nn.Module):
     def forward(self, batch: Batch, task: str = "train", **arguments: Any) -> Any:
         """train → GPROutput of the batch's targets; policy → PolicyOutput of them; logits → theirs [N, L, V]; encode →
         Opening; decode → log p of the next code; values → V of paths one code longer; rank_items → the item head's best items of every
-        request."""
+        request; item_outputs → what they are scored with."""
         tasks = {"train": self._train, "policy": self._policy, "logits": self._logits, "encode": self._encode, "decode": self._decode,
-                 "values": self._values, "rank_items": self._rank_items}
+                 "values": self._values, "rank_items": self._rank_items, "item_outputs": self._item_outputs}
         return tasks[task](batch, **arguments)
 
     def _copy(self, intents: Intents, batch: Batch) -> Copying | None:
@@ -168,8 +168,13 @@ class GPR(nn.Module):
     def _rank_items(self, batch: Batch, candidates: Candidates, opening: Opening | None = None, **arguments: Any) -> tuple[Tensor, Tensor]:
         """`Items._rank` of every request of the batch. Args: opening: the batch as encoded already; None = read it."""
         hidden_TD = (self._read(batch)[0] if opening is None else opening.intents).hidden_TD
-        return self.items(hidden_TD.index_select(0, batch.request_token_R), task="rank", candidates=candidates,
-                          code_CD=self._candidate_codes(candidates), **arguments)
+        code_CD = None if arguments.get("outputs") is not None else self._candidate_codes(candidates)
+        site_RD = hidden_TD.index_select(0, batch.request_token_R)
+        return self.items(site_RD, task="rank", candidates=candidates, code_CD=code_CD, **arguments)
+
+    def _item_outputs(self, batch: Batch | None, candidates: Candidates) -> tuple[Tensor, Tensor]:
+        """What the item head scores candidates with, (vectors [C, D], biases [C]), for `rank_items` of many batches."""
+        return self.items(candidates.item_C, task="outputs", code_CD=self._candidate_codes(candidates))
 
     def _logits(self, batch: Batch) -> Tensor:
         return self.codes(self._targets(batch)[2], task="logits")

@@ -87,10 +87,11 @@ class Items(nn.Module):
 
     def forward(self, x: Tensor, task: str, **arguments: Any) -> Any:
         """embed: items [T] → [T, D]. nll: states [R, D] → sum over head 0's targets of -log p. rank: states [R, D] → the best items.
+        outputs: items [C] → their output vectors and biases.
 
         All go through this one call because ZeRO-3 gathers a module's parameters around its forward.
         """
-        return {"embed": self._embed, "nll": self._nll, "rank": self._rank}[task](x, **arguments)
+        return {"embed": self._embed, "nll": self._nll, "rank": self._rank, "outputs": self._outputs}[task](x, **arguments)
 
     def _embed(self, item_T: Tensor, noise_T: Tensor | None) -> Tensor:
         return dropout(self._lookup(self.table, item_T.clamp_min(0)), self.config.dropout, self.training, noise_T, salt=101)
@@ -111,15 +112,15 @@ class Items(nn.Module):
 
     @torch.no_grad()
     def _rank(self, state_RD: Tensor, candidates: Candidates, legal_GC: Tensor, group_R: Tensor, code_CD: Tensor | None, k: int,
-              excluded: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+              excluded: tuple[Tensor, Tensor] | None = None, outputs: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """The k best legal items of each request: (item_RK int64, -1 where there are fewer; score_RK float32 log p, -inf there).
 
         The softmax is over the legal items, those excluded among them: it is the distribution that was trained.
 
-        Args: excluded: (request, column) pairs that are not ranked.
+        Args: excluded: (request, column) pairs that are not ranked. outputs: of the candidates, where they are known already.
         """
         state_RD = self.norm(state_RD)
-        weight_CD, bias_C = self._outputs(candidates.item_C, code_CD)
+        weight_CD, bias_C = self._outputs(candidates.item_C, code_CD) if outputs is None else outputs
         rows = max(1, SCORES_PER_CHUNK // max(1, len(weight_CD)))
         items, scores = [], []
         for lo in range(0, len(state_RD), rows):

@@ -81,7 +81,8 @@ class Recommender:
     def __post_init__(self, rules: Rules | None) -> None:
         self.use_rules(rules)
         if self.model.config.items.has_head:
-            self._item_ranking = ItemRanking(self.model, self.device, self.semantic_ids.codes_NL, self.eligibility.items(EVERY_AD))
+            self._item_ranking = ItemRanking(self.model, self.device, self.semantic_ids.codes_NL, self.eligibility.items(EVERY_AD),
+                                             frozen=True)
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu", check: bool = True) -> "Recommender":
