@@ -29,6 +29,20 @@ def test_equals_cross_entropy_over_all_candidates(chunk_bytes):
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("chunk_bytes", [1, 4 * C * 5, 1 << 20])
+def test_weights_of_the_targets(chunk_bytes):
+    state, weight, bias, request, column = inputs(seed=2)
+    of_target = torch.rand(len(request), dtype=torch.float64) * (torch.arange(len(request)) % 5 > 0)  # some count nothing
+    loss = item_nll(state, weight, bias, request, column, chunk_bytes=chunk_bytes, weight_N=of_target)
+    plain = (of_target * F.cross_entropy((state @ weight.T + bias)[request], column, reduction="none")).sum()
+    torch.testing.assert_close(loss, plain)
+    for found, expected in zip(gradients(loss, (state, weight, bias)), gradients(plain, (state, weight, bias)), strict=True):
+        torch.testing.assert_close(found, expected)
+    ones, none = (item_nll(state, weight, bias, request, column, chunk_bytes=chunk_bytes, weight_N=w) for w in (torch.ones(40), None))
+    assert ones.equal(none)
+    assert all(a.equal(b) for a, b in zip(gradients(ones, (state, weight, bias)), gradients(none, (state, weight, bias)), strict=True))
+
+
 @pytest.mark.parametrize("chunk_bytes", [1, 1 << 20])
 def test_offsets_and_legality_leave_a_requests_own_targets_alone(chunk_bytes):
     state, weight, bias, request, column = inputs(seed=1)

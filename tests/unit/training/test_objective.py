@@ -52,3 +52,18 @@ def test_the_legal_softmax_runs_over_the_legal_codes_only():
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     only = torch.zeros_like(legal).scatter(2, codes, True)  # one legal code is certain
     assert mtp_objective(P, 0.0)(PlainEngine(model), dataclasses.replace(batch, target_offset_NLV=only.float().log()), 7).loss == 0
+
+
+def test_weights_of_targets_are_those_of_codes_alone():
+    """Eq. 4: the code loss is weighted, values and what is logged are not; weights of 1 change no bit, of the gradients either."""
+    model, batch = tiny_model(), random_batch(1)
+    weight_N = torch.rand(len(batch.target_head_N), generator=torch.Generator().manual_seed(0))
+    objective, engine = mtp_objective(P, 0.1), PlainEngine(model)
+    plain, ones, weighted = (objective(engine, dataclasses.replace(batch, target_weight_N=w), 7)
+                             for w in (None, torch.ones_like(weight_N), weight_N))
+    codes = (weight_N * model(batch).nll_NL.sum(1)).sum() / P / 7
+    torch.testing.assert_close(weighted.loss, codes + 0.1 * plain.value_loss, rtol=1e-5, atol=0)
+    assert weighted.nll_PL.equal(plain.nll_PL) and weighted.value_loss.equal(plain.value_loss) and not weighted.loss.equal(plain.loss)
+    parameters = list(model.parameters())
+    gradients = [torch.autograd.grad(share.loss, parameters, allow_unused=True) for share in (plain, ones)]
+    assert ones.loss.equal(plain.loss) and all((a is None and b is None) or a.equal(b) for a, b in zip(*gradients, strict=True))
