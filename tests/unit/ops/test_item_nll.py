@@ -78,4 +78,4 @@ def test_without_targets_or_gradients():
         assert not gradient.any()  # zeros, not None: every rank uses every parameter
     with torch.no_grad():
         torch.testing.assert_close(item_nll(state, weight, bias, request, column), item_nll(*inputs()).detach())
-    assert float(item_nll(state[:0], weight, bias, none, none)) == 0
+    assert item_nll(state[:0], weight, bias, none, none).item() == 0
