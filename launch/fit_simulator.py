@@ -1,7 +1,7 @@
 """Fit the simulator that HEPO trains against: pCTR and pCVR rankers learned from the journey shards, calibrated, with a report.
 
     python launch/fit_simulator.py data=data/market out=data/market/simulator
-    python launch/fit_simulator.py data=data/complete_journey labels.kind=sampled_negatives     # logs without unclicked ads
+    python launch/fit_simulator.py data=data/complete_journey labels.kind=sampled_negatives training.epochs=1   # no unclicked ads logged
 """
 
 import json

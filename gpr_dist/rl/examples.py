@@ -5,6 +5,7 @@ only what was taken) the logged ads stand against a sample of the eligible ads t
 eligible ad is taken at a request, and the sampling rate is divided out again.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -30,13 +31,16 @@ class LabelConfig(Config):
 
     kind: Labels = "actions"
     """actions: a logged ad was clicked or not, converted or not. sampled_negatives: the logged ads were taken, other eligible ones not"""
-    negatives: int = Field(20, ge=1)
+    negatives: int = Field(10, ge=1)
     """sampled_negatives: eligible ads drawn uniformly per request"""
     unshown: int = Field(4, ge=0)
     """actions: eligible ads that were not shown, drawn uniformly per request, for the third task of the rankers"""
     shown_weight: float = Field(0.25, ge=0)
     """actions: weight of telling shown from unshown ads beside telling clicks. Clicks are few, and the log has them for shown ads only;
     what makes an ad worth showing is learned from every impression, and shares its features with pCTR"""
+    pessimism: float = Field(0.25, ge=0)
+    """actions: where an ad is shown r < 1 times as often as a random eligible ad, the odds of its click are multiplied by r^pessimism: the
+    log has hardly tried such ads, and a policy would look for the ones that are overrated. 0 = trust the rankers everywhere"""
     conversions: bool = True
     """learn pCVR; false = the logs know no conversions, and pCVR is 0"""
     maturity_s: float = Field(0.0, ge=0)
@@ -116,6 +120,13 @@ def group_sizes(eligibility: Eligibility) -> Tensor:
     """Eligible ads of each group, float32 [G + 1]; the last entry, index EVERY_AD, counts all ads."""
     groups = [*range(eligibility.num_groups), EVERY_AD]
     return torch.tensor([len(eligibility.items(group)) for group in groups], dtype=torch.float32)
+
+
+def log_doubt(config: LabelConfig, shown_N: Tensor) -> Tensor:
+    """What to add to the logit of a click for an ad whose logit of being shown, against `unshown` random ads, is `shown_N`; [N], <= 0."""
+    if config.kind != "actions" or not config.unshown or not config.shown_weight:
+        return torch.zeros_like(shown_N)
+    return config.pessimism * (shown_N + math.log(config.unshown)).clamp_max(0)
 
 
 def log_sampling_rate(config: LabelConfig, size_R: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class RankerConfig(Config):
     """dimensions that are kept of the codebooks' centroids, by which past and candidate are compared"""
     sharpness: float = Field(8.0, gt=0)
     """a past event of cosine c to the candidate counts e^(sharpness (c - 1))"""
-    half_lives_s: tuple[float, ...] = Field((float(DAY_S), 30.0 * DAY_S), min_length=1)
+    half_lives_s: tuple[float, ...] = Field((3600.0, float(DAY_S), 30.0 * DAY_S), min_length=1)
     """past events are weighted by 2^(-age / half-life), once for each of these, seconds"""
     conversion_delay_s: float = Field(0.0, ge=0)
     """a past ad converted less than so long before a request is read as clicked: logs know conversions before they happened, seconds"""
@@ -74,7 +74,7 @@ class EncodedRequests(NamedTuple):
 
 
 class Rankers(nn.Module):
-    """Three logits per candidate: of a click, of a conversion given a click, and (training only) of being shown among the eligible ads."""
+    """Three logits per candidate: of a click, of a conversion given a click, and of being shown rather than a random eligible ad."""
 
     def __init__(self, config: RankerConfig, num_levels: int, codebook_size: int, num_user_features: int, num_env_features: int) -> None:
         super().__init__()

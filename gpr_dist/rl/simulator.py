@@ -17,7 +17,7 @@ from gpr_dist.config import Config, build_config
 from gpr_dist.errors import ConfigError, DataError, TokenizerError
 from gpr_dist.rl.bids import PER_MILLE
 from gpr_dist.rl.calibration import Curve
-from gpr_dist.rl.examples import LabelConfig, log_sampling_rate
+from gpr_dist.rl.examples import LabelConfig, log_doubt, log_sampling_rate
 from gpr_dist.rl.rankers import RankerConfig, Rankers
 from gpr_dist.schema import Batch, file_checksum, write_atomic
 from gpr_dist.tokenizer.semantic_ids import SemanticIds
@@ -195,7 +195,7 @@ class Simulator:
 
 def raw_logits(rankers: Rankers, labels: LabelConfig, group_size_G1: Tensor, batch: Batch, request_N: Tensor, item_N: Tensor,
                codes_NL: Tensor) -> Tensor:
-    """Logits of click and conversion before calibration [N, 2]; sampling of negatives divided out.
+    """Logits of click and conversion before calibration [N, 2]; doubt about ads that are not shown and the sampling of negatives included.
 
     Raises: DataError for data with other features or eligibility groups.
     """
@@ -204,15 +204,15 @@ def raw_logits(rankers: Rankers, labels: LabelConfig, group_size_G1: Tensor, bat
     if found != wanted and all(len(x) for x in (batch.user_features_UF, batch.env_features_EF)):
         raise DataError(f"the batch has {found[0]} user and {found[1]} environment features, the simulator was fitted with {wanted[0]} and "
                         f"{wanted[1]}; {REFIT} on these shards")
-    logits_N2 = rankers(batch, request_N, item_N, codes_NL)[:, :2]
+    click_N, convert_N, shown_N = rankers(batch, request_N, item_N, codes_NL).T
     if labels.kind == "actions":
-        return logits_N2
+        return torch.stack([click_N + log_doubt(labels, shown_N), convert_N], 1)
     group_R = batch.request_eligibility_R
     if len(group_R) and int(group_R.max()) >= len(group_size_G1) - 1:
         raise DataError(f"eligibility group {int(group_R.max())} is asked for, the simulator knows {len(group_size_G1) - 1} groups; "
                         f"{REFIT}")
     shift_R = log_sampling_rate(labels, group_size_G1[group_R])
-    return torch.stack([logits_N2[:, 0] + shift_R[request_N], logits_N2[:, 1]], 1)
+    return torch.stack([click_N + shift_R[request_N], convert_N], 1)
 
 
 def _read_facts(folder: Path) -> SimulatorFacts:

@@ -10,7 +10,7 @@ from journeys_fixture import NUM_ITEMS, random_journeys, stored_rows
 from gpr_dist.data.collate import collate
 from gpr_dist.data.eligibility import Eligibility
 from gpr_dist.errors import DataError
-from gpr_dist.rl.examples import LabelConfig, Labeller, group_sizes, log_sampling_rate
+from gpr_dist.rl.examples import LabelConfig, Labeller, group_sizes, log_doubt, log_sampling_rate
 from gpr_dist.schema import EVERY_AD, Action
 
 ADS = np.arange(45, dtype=np.int32)
@@ -100,6 +100,14 @@ def test_the_sampling_rate_is_divided_out():
     config = LabelConfig(kind="sampled_negatives", negatives=10)
     assert log_sampling_rate(config, torch.tensor([1000.0])).item() == pytest.approx(np.log(0.01))
     assert not log_sampling_rate(LabelConfig(), sizes).any()
+
+
+def test_only_ads_shown_less_than_a_random_one_are_doubted():
+    shown_N = torch.tensor([-5.0, -np.log(4) - 1, -np.log(4), 0.0, 3.0]).float()  # -log 4 = as often as one of the 4 random ads
+    doubt_N = log_doubt(LabelConfig(unshown=4, pessimism=0.5), shown_N)
+    torch.testing.assert_close(doubt_N, torch.tensor([0.5 * (np.log(4) - 5), -0.5, 0, 0, 0]).float(), atol=1e-6, rtol=0)
+    for config in (LabelConfig(pessimism=0), LabelConfig(unshown=0), LabelConfig(shown_weight=0), LabelConfig(kind="sampled_negatives")):
+        assert not log_doubt(config, shown_N).any()
 
 
 def test_a_request_of_an_empty_group_is_refused():
