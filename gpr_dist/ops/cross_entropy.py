@@ -140,7 +140,8 @@ class _ItemNLL(torch.autograd.Function):
             else:
                 d_weight_DC += state_rD.T @ d_logits_rC  # bf16 would lose what later chunks add
         if with_gradient:
-            ctx.save_for_backward(d_state_RD, d_weight_DC.T.to(weight_CD.dtype), None if bias_C is None else d_bias_C.to(bias_C.dtype))
+            d_weight_CD = d_weight_DC.T.to(weight_CD.dtype).contiguous()  # what follows is several times as slow on a transposed one
+            ctx.save_for_backward(d_state_RD, d_weight_CD, None if bias_C is None else d_bias_C.to(bias_C.dtype))
         return total
 
     @staticmethod
