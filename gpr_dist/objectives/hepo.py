@@ -35,7 +35,7 @@ def is_constant(reward_N: Tensor, group_N: Tensor, num_groups: int, tolerance: f
 
 
 def hepo_advantages(terminal_N: Tensor, process_Nl: Tensor, value_NL: Tensor, group_N: Tensor, num_groups: int, gamma: float,
-                    lam: float) -> Tensor:
+                    lam: float, is_choice_NL: Tensor | None = None) -> Tensor:
     """Advantages of every level [N, L] (Eq. 8).
 
         delta_l = r_l + gamma V(s, z_1..l) - V(s, z_1..l-1)
@@ -44,13 +44,20 @@ def hepo_advantages(terminal_N: Tensor, process_Nl: Tensor, value_NL: Tensor, gr
     Args:
         terminal_N: R, in units of the reward's scale. process_Nl: r_1 .. r_{L-1} [N, L-1], the same units.
         value_NL: V(s), V(s, z_1), .. V(s, z_1..L-1): column l - 1 is the value before the code of level l; detached by the caller.
+        is_choice_NL: bool, whether several codes were legal. A path's L is its last choice: where the first codes leave a single ad, the
+            codes after them are forced, have no gradient and get 0, and what the ad earned would reach nobody. None = all are choices.
+    Differs from the paper: it is silent on forced codes; PAPER.md.
     """
+    last_N = torch.full_like(group_N, value_NL.shape[1] - 1)
+    if is_choice_NL is not None:
+        level_L = torch.arange(value_NL.shape[1], device=group_N.device)
+        last_N = torch.where(is_choice_NL, level_L, 0).amax(1)
+    z_N, running_N = z_scores(terminal_N, group_N, num_groups), torch.zeros_like(terminal_N)
+    advantages = [torch.where(last_N == value_NL.shape[1] - 1, z_N, 0.0)]
     delta_Nl = process_Nl + gamma * value_NL[:, 1:] - value_NL[:, :-1]
-    advantages = [z_scores(terminal_N, group_N, num_groups)]
-    running_N = torch.zeros_like(terminal_N)
-    for delta_N in reversed(delta_Nl.unbind(1)):
-        running_N = delta_N + gamma * lam * running_N
-        advantages.insert(0, running_N)
+    for level in range(value_NL.shape[1] - 2, -1, -1):
+        running_N = torch.where(level < last_N, delta_Nl[:, level] + gamma * lam * running_N, 0.0)
+        advantages.insert(0, torch.where(level == last_N, z_N, running_N))
     return torch.stack(advantages, 1)
 
 

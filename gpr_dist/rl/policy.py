@@ -6,6 +6,7 @@ The formulas are in objectives/; which numbers are sums of the whole step, and w
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -102,7 +103,9 @@ def policy_share(output: PolicyOutput, one: Rolled, scale: RewardScale, config: 
         else:
             popularity = code_popularity(batch, codebook_size, config.process)
             process_Nl = process_rewards(popularity, group_N, batch.target_codes_NL, batch.target_offset_NLV, config.process.weight)
-            advantage_NL = hepo_advantages(reward_N, process_Nl, output.value_NL.detach(), group_N, num_requests, config.gamma, config.lam)
+            is_choice_NL = (batch.target_offset_NLV > -torch.inf).sum(2) > 1
+            advantage_NL = hepo_advantages(reward_N, process_Nl, output.value_NL.detach(), group_N, num_requests, config.gamma, config.lam,
+                                           is_choice_NL)
         loss = policy_loss(log_p_NL, old_log_p_NL, advantage_NL, log_p_NL.new_tensor(weights), config.clip, counts_N, candidates)
         ratio_NL = policy_ratios(log_p_NL.detach(), old_log_p_NL)
         sums |= {"policy_loss": loss, "ratio_deviation": ((ratio_NL - 1).abs().mean(1) * counts_N).sum(),

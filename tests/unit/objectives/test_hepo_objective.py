@@ -31,6 +31,21 @@ def test_advantages_of_three_levels_by_hand():
     torch.testing.assert_close(found, torch.stack((delta_1 + gamma * lam * delta_2, delta_2, torch.tensor([1.0, -1.0])), 1))
 
 
+def test_a_path_ends_with_its_last_choice():
+    gamma, lam = 0.9, 0.5
+    terminal, process, value = torch.tensor([3.0, 1.0, 3.0, 1.0]), torch.rand(4, 2), torch.rand(4, 3)
+    choice = torch.tensor([[True, True, True], [True, True, False], [True, False, False], [True, False, True]])
+    group = torch.zeros(4, dtype=torch.long)
+    delta = process + gamma * value[:, 1:] - value[:, :-1]
+    found = hepo_advantages(terminal, process, value, group, 1, gamma, lam, choice)
+    long = delta[:, 0] + gamma * lam * delta[:, 1]
+    expected = torch.tensor([[long[0], delta[0, 1], 1], [delta[1, 0], -1, 0], [1, 0, 0], [long[3], delta[3, 1], -1]])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    everything = torch.ones(4, 3, dtype=torch.bool)
+    assert torch.equal(hepo_advantages(terminal, process, value, group, 1, gamma, lam, everything),
+                       hepo_advantages(terminal, process, value, group, 1, gamma, lam))
+
+
 def test_returns_by_hand():
     found = returns(torch.tensor([4.0]), torch.tensor([[1.0, 2.0]]), 0.5)
     assert found.tolist() == [[1.0 + 0.5 * (2.0 + 0.5 * 4.0), 2.0 + 0.5 * 4.0, 4.0]]

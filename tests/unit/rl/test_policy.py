@@ -36,6 +36,12 @@ def scale():
     return found
 
 
+def last_choice(one):
+    """Level at which each candidate's ad is decided, from 0."""
+    choices_NL = (one.rollout.batch.target_offset_NLV > -torch.inf).sum(2) > 1
+    return torch.where(choices_NL, torch.arange(L), 0).amax(1)
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_the_shares_of_a_split_sum_to_the_whole(algorithm):
     config = PolicyConfig(algorithm=algorithm, kl_weight=0.2)
@@ -57,7 +63,7 @@ def test_the_best_candidate_becomes_more_likely_and_the_worst_less(algorithm):
     one, output = rolled(market_batch(3))
     loss, _ = policy_share(output, one, scale(), PolicyConfig(algorithm=algorithm), V, 1.0, 1.0)
     loss.backward()
-    gradient_N = output.nll_NL.grad[:, -1]
+    gradient_N = output.nll_NL.grad.gather(1, last_choice(one)[:, None])[:, 0]
     for request in one.counts_R.nonzero().flatten().tolist():
         mine = (one.rollout.group_N == request).nonzero().flatten()
         value = one.rollout.value_N[mine]
@@ -87,7 +93,9 @@ def test_the_critic_changes_the_early_levels_alone():
         policy_share(output, one, scale(), PolicyConfig(critic_weight=0), V, 1.0, 1.0)[0].backward()
         gradients.append(output.nll_NL.grad)
         assert not output.value_NL.grad.any()
-    assert torch.equal(gradients[0][:, -1], gradients[1][:, -1]) and not torch.allclose(gradients[0][:, :-1], gradients[1][:, :-1])
+    early_NL = torch.arange(L) < last_choice(one)[:, None]
+    assert torch.equal(gradients[0][~early_NL], gradients[1][~early_NL])
+    assert not torch.allclose(gradients[0][early_NL], gradients[1][early_NL])
 
 
 def test_without_rollouts_there_is_a_loss_of_zero_with_a_gradient():
