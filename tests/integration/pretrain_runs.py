@@ -14,12 +14,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import yaml
+from documents import launch_module
 from ranks import ROOT, free_port, rank_environment, run_ranks
 
 from data_pipeline.build import BuildConfig, build_data
 from data_pipeline.tokenize_items import FitTokenizerConfig, build_tokenizer
 from gpr_dist.config import load_config
+from gpr_dist.errors import run_cli
 
 DAY = 86400
 JOB_MARK = "GPR_TEST_JOB"
@@ -159,6 +162,15 @@ def run_in_one_group(folder: Path, jobs: dict[str, list[str]], ranks: int = 1) -
     first, *others = run_ranks("stage_workers:run_stages", ranks, folder, timeout=240, jobs=started)
     assert all(other == first for other in others)
     return dict(zip(jobs, first, strict=True))
+
+
+def run_script_here(script: str, cwd: Path, *arguments: str) -> None:
+    """launch/<script>.py in this process, in the folder `cwd`; it must succeed. A start costs seconds."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as left:
+        patch.chdir(cwd)
+        patch.setattr("sys.argv", [f"{script}.py", *arguments])
+        run_cli(launch_module(script).main)
+    assert left.value.code == 0
 
 
 def _file_limit(num_bytes: int | None) -> Any:

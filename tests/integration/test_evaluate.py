@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+from pretrain_runs import run_script_here
 from ranks import ROOT
 
 SETTINGS = ["settings.max_rows=7", "settings.beam_width=8", "settings.ks=[2, 5]"]
@@ -30,8 +31,7 @@ def test_all_rankers_see_the_same_requests_and_other_data_has_its_own_report(pyt
     assert len({result["num_targets"] for result in results.values()}) == 1 and results["popularity"]["num_requests"] < 100
 
     shutil.copytree(trained.parents[1] / "data", tmp_path / "december", ignore=shutil.ignore_patterns("history"))
-    done = evaluate(tmp_path, f"checkpoint={run}", "data=december", "baselines=false")
-    assert done.returncode == 0, done.stderr
+    run_script_here("evaluate", tmp_path, *SETTINGS, f"checkpoint={run}", "data=december", "baselines=false")
     other = json.loads((run / "evaluation-test-december.json").read_text())
     assert other["data"] == "december" and len(other["results"]) == 1
     again, before = (found["generative"] for found in (other["results"], results))  # equal: the pointer's history was made for it

@@ -9,15 +9,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from documents import launch_module
-from pretrain_runs import NUM_STEPS, Pretraining, logged_losses, run_pretraining
+from pretrain_runs import NUM_STEPS, Pretraining, logged_losses, run_pretraining, run_script_here
 from ranks import run_ranks
 from test_faults import complete_steps, wait_for
 
 from data_pipeline.shards import ShardConfig, ShardWriter, write_manifest
 from gpr_dist.config import load_config
 from gpr_dist.data.reader import ShardReader
-from gpr_dist.errors import run_cli
 from gpr_dist.job import FinetuneConfig, PretrainConfig
 from gpr_dist.schema import Action, TokenType
 from gpr_dist.training import checkpoint
@@ -67,7 +65,7 @@ def runs(tiny, priced, pretrained, tmp_path_factory):
     clicks = edit_train(tiny, folder / "clicks", pctr=np.array([np.nan]))
     first, last = (getattr(ShardReader(priced / "shards" / "train").manifest, f"{end}_timestamp") for end in ("first", "last"))
     bundle = folder / "bundle"
-    launch("export", f"checkpoint={pretrained}", f"out={bundle}", "calibration_rows=0")
+    run_script_here("export", folder, f"checkpoint={pretrained}", f"out={bundle}", "calibration_rows=0")
 
     def job(name, stage="finetune", data=priced, source=pretrained, *more):
         return stage, [f"init_from={source}", f"data.folder={data}", f"run.folder={folder}", f"run.name={name}", *LOOP, *more]
@@ -91,14 +89,6 @@ def runs(tiny, priced, pretrained, tmp_path_factory):
         assert all(rank == found[0] for rank in found)
         errors |= dict(zip(jobs, found[0], strict=True))
     return folder, errors
-
-
-def launch(script, *arguments):
-    """Run a script in this process. Returns: nothing; it must succeed."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as left:
-        patch.setattr("sys.argv", [f"{script}.py", *map(str, arguments)])
-        run_cli(launch_module(script).main)
-    assert left.value.code == 0
 
 
 def merged_metrics(run):
@@ -178,9 +168,10 @@ def test_killed_and_resumed(runs, priced, pretrained, tmp_path):
 
 def test_a_fine_tuned_run_is_evaluated_and_exported(runs, priced, tmp_path):
     run = runs[0] / "two"
-    launch("evaluate", f"checkpoint={run}", "settings.max_rows=7", "settings.beam_width=8", "settings.ks=[2]", "baselines=false")
+    settings = ["settings.max_rows=7", "settings.beam_width=8", "settings.ks=[2]", "baselines=false"]
+    run_script_here("evaluate", tmp_path, f"checkpoint={run}", *settings)
     report = json.loads((run / "evaluation-test.json").read_text())
     assert report["results"]["generative"]["num_requests"] > 0 and report["data"] == str(priced)
-    launch("export", f"checkpoint={run}", f"out={tmp_path}/bundle")
+    run_script_here("export", tmp_path, f"checkpoint={run}", f"out={tmp_path}/bundle")
     manifest = json.loads((tmp_path / "bundle" / "bundle.json").read_text())
     assert manifest["source"]["run"] == "two" and manifest["source"]["world_size"] == 2 and manifest["source"]["step"] == STEPS

@@ -8,7 +8,7 @@ import sys
 import pytest
 import yaml
 from documents import launch_module
-from pretrain_runs import logged_losses, run_in_one_group, run_pretraining
+from pretrain_runs import logged_losses, run_in_one_group, run_pretraining, run_script_here
 from ranks import ROOT
 
 from data_pipeline.knowledge import BuildKnowledgeConfig, build_knowledge
@@ -75,8 +75,7 @@ def test_train_resume_and_evaluate_with_knowledge(tiny, knowledge, tmp_path):
     assert list(logged_losses(run)) == list(range(1, 7))
 
     arguments = [f"checkpoint={run}", "settings.max_rows=7", "settings.beam_width=8", "settings.ks=[2]", "baselines=false"]
-    done = launch("evaluate.py", tmp_path, *arguments)
-    assert done.returncode == 0, done.stderr
+    run_script_here("evaluate", tmp_path, *arguments)
     evaluated = json.loads((run / "evaluation-test.json").read_text())["results"]["generative"]
     assert evaluated["num_requests"] > 0
     folder, state = run / "step-000006", read_state(run / "step-000006")
