@@ -40,7 +40,7 @@ def runs(tiny, pretrained, tmp_path_factory):
            "refresh": job("refresh", "policy.refresh_every_steps=4"), "levels": job("levels", "policy.level_weights=[1,1]"),
            "tokenizer": job("tokenizer", f"data.tokenizer={other_tokenizer(tiny, folder)}"),
            "learns": job("learns", *alone, "train.schedule.lr=5e-3", "policy.refresh_every_steps=1", "train.validate_every_steps=8",
-                         "guards.every_steps=0", steps=24)}
+                         "guards.every_steps=0", steps=16)}
     errors = {}
     for ranks, jobs in ((2, two), (1, one)):
         results = run_ranks("hepo_jobs:run_jobs", ranks, folder / f"ranks-{ranks}", timeout=400, jobs=list(jobs.values()))
@@ -137,4 +137,4 @@ def test_the_policy_learns_what_the_table_pays(runs):
     folder, errors = runs
     assert errors["learns"] == ""
     found = [line["validation/reward"] for line in read_metrics(folder / "learns" / "metrics.jsonl") if "validation/reward" in line]
-    assert len(found) == 3 and found[-1] > found[0] > 0.5, found
+    assert len(found) == 3 and found[0] + 0.05 < found[1] < found[2] - 0.05, found
