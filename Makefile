@@ -1,12 +1,16 @@
-# make quickstart: real data to an evaluated model; make test: every test that needs no GPU. Each prepares .venv by itself.
+# make quickstart: real data to an evaluated model; make pipeline: a market with known truth to what each policy earns there; make test:
+# every test that needs no GPU. Each prepares .venv by itself.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart pipeline test lint clean
 
 quickstart: $(VENV)/.quickstart
 	PATH="$(BIN):$$PATH" bash launch/quickstart.sh
+
+pipeline: $(VENV)/.quickstart
+	PATH="$(BIN):$$PATH" bash launch/pipeline.sh
 
 test: $(VENV)/.test
 	$(BIN)/ruff check .
