@@ -50,7 +50,7 @@ class PolicyConfig(Config):
     """dpo: beta"""
     process: ProcessRewardConfig = ProcessRewardConfig()
     """hepo: rewards of the first codes"""
-    stabiliser_weight: float = Field(0.3, ge=0)
+    stabiliser_weight: float = Field(0.1, ge=0)
     """weight of the value-aware loss (stage 2) on the logged ads of the same journeys; 0 = none"""
     kl_weight: float = Field(0.0, ge=0)
     """weight of the KL from the start weights, over each request's candidates; 0 = none"""
