@@ -20,6 +20,7 @@ from gpr_dist.evaluation.validate import has_targets
 from gpr_dist.evaluation.value_order import order_by_value
 from gpr_dist.job import FinetuneConfig, RunConfig, inherit, split_shards
 from gpr_dist.model.gpr import GPRConfig
+from gpr_dist.rl.arr import ArrConfig, Rehearsal
 from gpr_dist.rl.guards import GuardConfig, Guards, item_groups
 from gpr_dist.rl.hepo_loop import HepoFitConfig, build_policy_validation, fit_hepo
 from gpr_dist.rl.hepo_step import Parts
@@ -50,6 +51,8 @@ class HepoConfig(FinetuneConfig):
     """the update"""
     rollout: RolloutConfig = RolloutConfig()
     """candidates"""
+    arr: ArrConfig = ArrConfig()
+    """anticipated requests among the rollouts"""
     guards: GuardConfig = GuardConfig()
     """early stop"""
     train: HepoFitConfig = HepoFitConfig()
@@ -90,7 +93,7 @@ def run_hepo(job: Job, reward: RewardModel) -> None:
     weighing = open_vaft(job, config.vaft) if config.policy.stabiliser_weight else None
     start = open_start(job)
     parts = Parts(engine, sampler, config.policy, job.semantic_ids.codebook_size, open_groups(job), open_stabiliser(job), weighing,
-                  config.train.target_share, open_reference(job, start), order=order_by_value)
+                  config.train.target_share, open_reference(job, start), open_rehearsal(job), order=order_by_value)
     stored = start.restored.state if start.restored else {}
     state = stored.get("hepo", {})
     scale = RewardScale.of(state["scale"]) if state else RewardScale()
@@ -141,6 +144,14 @@ def open_reference(job: Job, start: Start) -> list[torch.Tensor] | None:
     reference = job.engine.copy_weights()
     open_start(job)
     return reference
+
+
+def open_rehearsal(job: Job) -> Rehearsal | None:
+    """Requests to come of the users of every micro-batch; none with a share of 0."""
+    config = job.config
+    if not config.arr.share:
+        return None
+    return Rehearsal(config.arr, config.rollout.requests_per_row, job.loader.reader.manifest.env_features, job.past)
 
 
 def open_groups(job: Job) -> torch.Tensor:
