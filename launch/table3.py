@@ -82,7 +82,7 @@ class Table3Config(Config):
     evaluate: tuple[str, ...] = ()
     """overrides of launch/evaluate_policy.py"""
     metrics: tuple[str, ...] = ("ndcg", "opr", "average", "maximum", "hitr@10", "true_average", "true_maximum", "true_ecpm_first",
-                                "served_revenue", "served_expected_clicks", "served_expected_conversions", "training_s")
+                                "served_revenue", "served_value", "served_expected_clicks", "served_expected_conversions", "training_s")
     """columns of the table"""
 
     @model_validator(mode="after")

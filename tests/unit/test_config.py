@@ -174,7 +174,7 @@ def test_command_line(tmp_path, capsys):
 
 YAML_OF = {"data": BuildConfig, "tokenizer": FitTokenizerConfig, "knowledge": BuildKnowledgeConfig,
            "compare": launch_module("compare").CompareConfig, "market": launch_module("make_market").MakeMarketConfig,
-           "simulator": launch_module("fit_simulator").FitSimulatorConfig}
+           "simulator": launch_module("fit_simulator").FitSimulatorConfig, "table3": launch_module("table3").Table3Config}
 
 
 def reachable(cls):
@@ -184,7 +184,7 @@ def reachable(cls):
 
 
 @pytest.mark.parametrize("job", [PretrainConfig, FinetuneConfig, BuildConfig, FitTokenizerConfig, BuildKnowledgeConfig,
-                                 YAML_OF["compare"], YAML_OF["market"], YAML_OF["simulator"]])
+                                 YAML_OF["compare"], YAML_OF["market"], YAML_OF["simulator"], YAML_OF["table3"]])
 def test_every_setting_of_every_job_is_explained(job):
     configs = reachable(job)
     assert len(configs) > 1 and all(c.__doc__ and c.__doc__ != Config.__doc__ for c in configs)
