@@ -2,7 +2,7 @@
 
     python launch/table3.py                                             # the synthetic market: MTP, VAFT, DPO, HEPO, HEPO with ARR, cascade
     python launch/table3.py seeds=[0] 'only=[mtp, vaft, hepo]'          # one seed of three of them
-    python launch/table3.py name=table3-cj data=data/complete_journey market=null 'only=[mtp, vaft, hepo]'   # a data set without truth
+    python launch/table3.py name=journey data=data/complete_journey market=null variants.mtp.config=configs/pretrain.yaml   # without truth
 
 A variant starts from the run of another one. Finished runs are not repeated, an interrupted one goes on; --table only prints what is
 there already.
