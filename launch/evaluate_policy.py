@@ -161,7 +161,7 @@ class Market:
         sums.add(f"{prefix}value", every, 1000 * served.expected_value_B)
         names = ("num_requests", "num_filled", "num_ineligible", "num_exhausted", "revenue", "clicks", "conversions", "expected_revenue",
                  "expected_clicks", "expected_conversions", "expected_value")
-        return {prefix + name: float(getattr(served, name)) for name in names}
+        return {f"{prefix}total_{name}": float(getattr(served, name)) for name in names}
 
 
 def open_market(truth: Truth, requests: Requests, data: Path) -> Market:
@@ -232,8 +232,9 @@ def report(results: dict[str, Any], folder: Path, data: DataConfig, requests: Re
         print(format_policies(metrics, ("true_ndcg", "true_opr", "true_average", "true_maximum", "true_first", "true_ecpm_first",
                                         "served_revenue", "served_value", "auction_revenue"), level))
         for name, each in results.items():
-            print(f"{name}: revenue {each['totals']['served_revenue']:,.0f}, clicks {each['totals']['served_clicks']:,.0f}, conversions "
-                  f"{each['totals']['served_conversions']:,.0f} in {each['totals']['served_num_requests']:,.0f} requests")
+            drawn = {what: each["totals"][f"served_total_{what}"] for what in ("revenue", "clicks", "conversions", "num_requests")}
+            print(f"{name}: revenue {drawn['revenue']:,.0f}, clicks {drawn['clicks']:,.0f}, conversions {drawn['conversions']:,.0f} in "
+                  f"{drawn['num_requests']:,.0f} requests")
     print(f"\nreport: {out}", flush=True)
 
 

@@ -60,9 +60,9 @@ def test_serving_the_log_again_gets_its_clicks(market):
     sums = UserSums(requests.log.request_user_R, len(requests.log.user_ids))
     served = opened.serve(sums, "served_", ranked_as_logged(part, opened.item_ids), CONFIG)
     production = truth.serve_logged(part, seed=CONFIG.seed)
-    assert served["served_num_filled"] == len(part) and served["served_num_ineligible"] == 0
-    assert served["served_clicks"] == production.clicks > 0
-    assert served["served_expected_conversions"] == pytest.approx(production.expected_conversions)
+    assert served["served_total_num_filled"] == len(part) and served["served_total_num_ineligible"] == 0
+    assert served["served_total_clicks"] == production.clicks > 0
+    assert served["served_total_expected_conversions"] == pytest.approx(production.expected_conversions)
     means = sums.result().means()
     assert means["served_value"] == pytest.approx(1000 * production.expected_value / len(part))
 

@@ -25,8 +25,8 @@ def config(tmp_path):
 def finish(config, name, seed, value):
     path = table3.report_file(config, name, seed)
     path.parent.mkdir(parents=True)
-    both = {"metrics": {"ndcg": [value, 0, 1]}, "totals": {"served_clicks": 5.0}}
-    logged = {"metrics": {"served_revenue": [7.0, 6, 8]}, "totals": {}}
+    both = {"metrics": {"ndcg": [value, 0, 1]}, "totals": {"served_total_clicks": 5.0}}
+    logged = {"metrics": {"served_revenue": [7.0, 6, 8]}, "totals": {"served_total_revenue": 99.0}}
     first = name == "mtp"
     path.write_text(json.dumps({"policies": {"policy": both, **({"cascade": both, "production": logged} if first else {})}}))
     lines = [{"step": 1, "seconds": 2.0, "grad_norm": 1.0}, {"step": 1, "validation/reward": 3.0}, {"step": 1, "checkpoint/seconds": 9.0}]
