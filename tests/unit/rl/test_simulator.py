@@ -69,7 +69,7 @@ def test_it_learns_the_rule_behind_the_clicks_better_than_popularity(fitted):
 
 
 def test_probabilities_add_up_to_the_clicks_they_were_calibrated_on(fitted, data):
-    simulator, report = fitted
+    simulator, _ = fitted
     batch = batch_of(data, "validation", tokens=10**6)
     even_N = batch.row_ids_B[batch.request_row_R[batch.target_request_N]] % 2 == 0
     pctr_N, pcvr_N = simulator.predict(batch, batch.target_request_N[even_N], batch.target_item_N[even_N])
