@@ -19,7 +19,7 @@ from gpr_dist.job import FinetuneConfig, PretrainConfig
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "PAPER.md")}
 STRICT = {"--strict": "a switch"}
-FLAGS = {"recommend.py": {"--bench": "a switch"},
+FLAGS = {"recommend.py": {"--bench": "a switch"}, "table3.py": {"--table": "a switch"},
          "fit_tokenizer.py": {"--append": "a switch"}, "report.py tokenizer": STRICT, "report.py drift": STRICT}
 
 
@@ -30,7 +30,14 @@ JOBS: dict[str, tuple[type[Config], str | None]] = {  # script -> its config and
     "pretrain.py": (PretrainConfig, "configs/pretrain.yaml"),
     "finetune.py": (FinetuneConfig, "configs/finetune.yaml"),
     "fit_simulator.py": (launch_module("fit_simulator").FitSimulatorConfig, "configs/simulator.yaml"),
+    "hepo.py": (launch_module("hepo").HepoConfig, "configs/hepo.yaml"),
     "evaluate.py": (launch_module("evaluate").EvaluateConfig, None),
+    "evaluate_policy.py": (launch_module("evaluate_policy").EvaluatePolicyConfig, None),
+    "off_policy.py": (launch_module("off_policy").LogsConfig, None),
+    "table3.py": (launch_module("table3").Table3Config, "configs/table3.yaml"),
+    "bench.py recommend": (launch_module("bench_recommend").RecommendBenchConfig, None),
+    "bench.py recursion": (launch_module("bench_recursion").RecursionBenchConfig, None),
+    "bench.py hepo": (launch_module("bench_hepo").HepoBenchConfig, None),
     "plan.py": (launch_module("plan").PlanConfig, "configs/pretrain.yaml"),
     "bench.py loader": (launch_module("bench_loader").LoaderBenchConfig, None),
     "bench.py step": (launch_module("bench_step").StepBenchConfig, None),
