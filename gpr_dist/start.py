@@ -3,9 +3,10 @@
 launch/pretrain.py, launch/finetune.py and launch/hepo.py are tables of contents over this file; what a job is made of is in job.py.
 """
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,8 +118,9 @@ def open_start(job: Job) -> Start:
     return Start(None, Progress(), init_from(job.engine, source, job.config.model, job.fingerprints) if source else None)
 
 
-def open_tracker(job: Job, start: Start) -> Tracker:
-    """Logging, after rank 0 has written the run's config and said what begins."""
+@contextlib.contextmanager
+def open_tracker(job: Job, start: Start) -> Iterator[Tracker]:
+    """Logging, after rank 0 has written the run's config and said what begins; closed at the end, as failed after an error."""
     config, engine = job.config, job.engine
     tracker = Tracker(config.tracker, job.run, config.model_dump(mode="json"), engine.rank, config.train.schedule.num_steps,
                       start.progress.step)
@@ -129,7 +131,12 @@ def open_tracker(job: Job, start: Start) -> Tracker:
         begins = f"resuming {start.restored.folder}" if start.restored else f"starting {job.run}{source}"
         tracker.say(f"{begins}: {parameters:,} parameters, ZeRO-{config.engine.zero_stage} {config.engine.precision}, "
                     f"{engine.world_size} rank(s) on {engine.device.type}, {job.loader.steps_per_epoch} steps per epoch")
-    return tracker
+    try:
+        yield tracker
+    except BaseException:
+        tracker.close(exit_code=1)  # ends the progress bar's line, so that the error has one of its own
+        raise
+    tracker.close()
 
 
 def checkpoint_facts(job: Job, start: Start) -> dict[str, Any]:
@@ -146,21 +153,16 @@ def run_fit(job: Job, objective: Objective, value_weights: ValueWeights | None =
     config, engine = job.config, job.engine
     validate = open_validation(job, objective)
     start = open_start(job)
-    tracker = open_tracker(job, start)
-    if value_weights:
-        tracker.say(value_weights.made_of)
-        if start.restored:
-            value_weights.load_state_dict(start.restored.state["weighing"])
-    if validate is None:
-        tracker.say(f"no validation: {split_shards(config.data)['validation']} does not exist or has no targets")
-    peak = measure_peak_flops(config.engine.precision, engine.device)
-    try:
+    with open_tracker(job, start) as tracker:
+        if value_weights:
+            tracker.say(value_weights.made_of)
+            if start.restored:
+                value_weights.load_state_dict(start.restored.state["weighing"])
+        if validate is None:
+            tracker.say(f"no validation: {split_shards(config.data)['validation']} does not exist or has no targets")
+        peak = measure_peak_flops(config.engine.precision, engine.device)
         fit(engine, job.loader, objective, config.train, config.model, job.run, tracker, start.progress, checkpoint_facts(job, start),
             validate, peak, value_weights)
-    except BaseException:
-        tracker.close(exit_code=1)  # ends the progress bar's line, so that the error has one of its own
-        raise
-    tracker.close()
     if engine.rank == 0:
         print(f"run folder: {job.run}\nloss curves: {plot_losses(job.run)}", flush=True)
     engine.close()

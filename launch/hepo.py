@@ -98,18 +98,13 @@ def run_hepo(job: Job, reward: RewardModel) -> None:
     state = stored.get("hepo", {})
     scale = RewardScale.of(state["scale"]) if state else RewardScale()
     guards = Guards.of(config.guards, state.get("guards"))
-    tracker = open_tracker(job, start)
-    if weighing:
-        tracker.say(weighing.made_of)
-        if stored:
-            weighing.load_state_dict(stored["weighing"])
-    try:
+    with open_tracker(job, start) as tracker:
+        if weighing:
+            tracker.say(weighing.made_of)
+            if stored:
+                weighing.load_state_dict(stored["weighing"])
         fit_hepo(parts, job.loader, config.train, job.run, tracker, start.progress, scale, guards, checkpoint_facts(job, start),
                  open_policy_validation(job, sampler))
-    except BaseException:
-        tracker.close(exit_code=1)  # ends the progress bar's line, so that the error has one of its own
-        raise
-    tracker.close()
     if engine.rank == 0:
         print(f"run folder: {job.run}", flush=True)
     engine.close()

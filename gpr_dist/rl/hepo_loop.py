@@ -22,7 +22,7 @@ from gpr_dist.rl.rewards import RewardScale
 from gpr_dist.rl.rollout import Sampler
 from gpr_dist.schema import Batch
 from gpr_dist.training import checkpoint
-from gpr_dist.training.loop import FitConfig, Progress, memory_bytes, report_nonfinite, run_validation, stop_requested
+from gpr_dist.training.loop import FitConfig, Progress, memory_bytes, report_nonfinite, run_validation, save_checkpoint, stop_requested
 from gpr_dist.training.schedule import learning_rate
 from gpr_dist.training.tracker import Tracker
 
@@ -52,14 +52,9 @@ def fit_hepo(parts: Parts, loader: Loader, config: HepoFitConfig, run: Path, tra
                           f"{refresh}: a resumed run would not have the old policy; nearest: {near}")
 
     def save() -> None:
-        state = {**save_state, "progress": vars(progress), "loader": loader.state_dict(),
-                 "hepo": {"scale": scale.state(), "guards": guards.state()}}
+        state = save_state | {"hepo": {"scale": scale.state(), "guards": guards.state()}}
         state |= {"weighing": parts.weighing.state_dict()} if parts.weighing else {}
-        started = time.perf_counter()
-        checkpoint.save(engine, run, progress.step, state)
-        if engine.rank == 0:
-            checkpoint.prune(run, config.checkpoint, progress.best_step)
-        tracker.log(progress.step, {"checkpoint/seconds": time.perf_counter() - started})
+        save_checkpoint(engine, loader, run, config.checkpoint, tracker, progress, state)
 
     if guards.stopped:
         tracker.say(f"stopped at step {progress.step} by {guards.stopped}; raise that limit to go on")

@@ -110,14 +110,9 @@ def fit(engine: Engine, loader: Loader, objective: Objective, config: FitConfig,
     Raises: TrainingError when a loss or gradient is not finite and the policy says stop.
     """
 
-    def save(step: int) -> None:
-        state = {**save_state, "progress": vars(progress) | {"step": step}, "loader": loader.state_dict()}
-        state |= {"weighing": weighing.state_dict()} if weighing else {}
-        started = time.perf_counter()
-        checkpoint.save(engine, run, step, state)
-        if engine.rank == 0:
-            checkpoint.prune(run, config.checkpoint, progress.best_step)
-        tracker.log(step, {"checkpoint/seconds": time.perf_counter() - started})
+    def save() -> None:
+        state = save_state | ({"weighing": weighing.state_dict()} if weighing else {})
+        save_checkpoint(engine, loader, run, config.checkpoint, tracker, progress, state)
 
     num_steps, skipped_in_a_row, saved_step = config.schedule.num_steps, 0, progress.step
     engine.train()
@@ -153,12 +148,25 @@ def fit(engine: Engine, loader: Loader, objective: Objective, config: FitConfig,
             if validate and (finished or (due and not result.stop)):  # a stop signal is answered in bounded time
                 run_validation(engine, validate, config.best_metric, progress, tracker)
             if finished or result.stop or progress.step % config.checkpoint.every_steps == 0:
-                save(progress.step)
+                save()
                 saved_step = progress.step
             if result.stop:
                 tracker.say(f"stop signal: saved {checkpoint.step_folder(run, progress.step)} and leaving")
                 break
     return progress
+
+
+def save_checkpoint(engine: Engine, loader: Loader, run: Path, config: CheckpointConfig, tracker: Tracker, progress: Progress,
+                    state: dict[str, Any]) -> None:
+    """Write the checkpoint of `progress.step`, drop those that retention gives up, log the seconds it took (collective).
+
+    Args: state: plain values stored beside the counters and the loader's state.
+    """
+    started = time.perf_counter()
+    checkpoint.save(engine, run, progress.step, {**state, "progress": vars(progress), "loader": loader.state_dict()})
+    if engine.rank == 0:
+        checkpoint.prune(run, config, progress.best_step)
+    tracker.log(progress.step, {"checkpoint/seconds": time.perf_counter() - started})
 
 
 @dataclass
