@@ -143,11 +143,12 @@ class Market:
         users, slots = self.requests.user_id.take(pa.array(ranked.request_N)), self.requests.slot[ranked.request_N]
         return self.truth.outcomes(users, self.requests.time[ranked.request_N], self.item_ids[ranked.item_N], slots)
 
-    def serve(self, sums: UserSums, prefix: str, ranked: Ranked, config: EvaluatePolicyConfig) -> dict[str, float]:
-        """Serve the requests; adds {prefix}revenue and {prefix}value per 1000 requests."""
+    def serve(self, sums: UserSums, prefix: str, ranked: Ranked, config: EvaluatePolicyConfig, budgets: bool = True) -> dict[str, float]:
+        """Serve the requests; adds {prefix}revenue and {prefix}value per 1000 requests. Without budgets the order alone decides what is
+        shown; with them, a policy that likes the same advertisers more spends them earlier in the day and gains less."""
         lists_RK = as_lists(ranked, len(self.requests))
         ids_RK = np.where(lists_RK >= 0, self.item_ids[np.maximum(lists_RK, 0)], "")
-        return self._counts(sums, prefix, self.truth.serve(self.requests, ids_RK, seed=config.seed, budget_frac=self.share))
+        return self._counts(sums, prefix, self.truth.serve(self.requests, ids_RK, config.seed, self.share if budgets else np.inf))
 
     def production(self, requests: Requests, config: EvaluatePolicyConfig) -> dict[str, Any]:
         """What the log's own policy earned."""
@@ -184,8 +185,8 @@ def open_market(truth: Truth, requests: Requests, data: Path) -> Market:
 
 def value_policy(ranking: Ranking, requests: Requests, batches: OnePass, simulator: Simulator, market: Market | None,
                  config: EvaluatePolicyConfig) -> dict[str, Any]:
-    """Every metric of one policy: by the simulator, by the truth (true_...), serving in its own order (served_...) and after an auction
-    among its candidates (auction_...)."""
+    """Every metric of one policy: by the simulator, by the truth (true_...), serving in its own order within budgets (served_...) and
+    without them (unlimited_...), and within budgets after an auction among its candidates (auction_...)."""
     log, ranked = requests.log, Ranked.of(ranking)
     sums = UserSums(*user_groups(log))
     sums.add("hitr@10", log.target_request_N, (item_ranks(log, ranking) <= 10).astype(float))
@@ -199,6 +200,7 @@ def value_policy(ranking: Ranking, requests: Requests, batches: OnePass, simulat
         first = np.flatnonzero(np.diff(ranked.request_N, prepend=-1))
         sums.add("true_ecpm_first", ranked.request_N[first], true.ecpm[first])
         totals = market.serve(sums, "served_", ranked, config)
+        totals |= market.serve(sums, "unlimited_", ranked, config, budgets=False)
         totals |= market.serve(sums, "auction_", reorder(ranked, rewards.final_value_N.double().numpy()), config)
     return {"metrics": with_intervals(sums.result(), config.bootstrap), "totals": totals}
 
@@ -230,7 +232,8 @@ def report(results: dict[str, Any], folder: Path, data: DataConfig, requests: Re
     if has_truth:
         print("\nby the market's truth; revenue and value per 1000 requests")
         print(format_policies(metrics, ("true_ndcg", "true_opr", "true_average", "true_maximum", "true_first", "true_ecpm_first",
-                                        "served_revenue", "served_value", "auction_revenue"), level))
+                                        "unlimited_revenue", "unlimited_value", "served_revenue", "served_value", "auction_revenue"),
+                              level))
         for name, each in results.items():
             drawn = {what: each["totals"][f"served_total_{what}"] for what in ("revenue", "clicks", "conversions", "num_requests")}
             print(f"{name}: revenue {drawn['revenue']:,.0f}, clicks {drawn['clicks']:,.0f}, conversions {drawn['conversions']:,.0f} in "

@@ -34,7 +34,9 @@ BESIDE = ("cascade", "production")
 LABELS = {"hitr@10": "HitR@10", "ndcg": "nDCG", "opr": "OPR", "average": "avg final_value", "maximum": "max final_value",
           "first": "first's final_value", "true_ndcg": "true nDCG", "true_opr": "true OPR", "true_average": "true avg",
           "true_maximum": "true max", "true_first": "true first", "true_ecpm_first": "true eCPM", "served_revenue": "revenue / 1000",
-          "served_value": "value / 1000", "auction_revenue": "auction revenue / 1000", "served_total_revenue": "drawn revenue",
+          "served_value": "value / 1000", "unlimited_revenue": "revenue / 1000 without budgets",
+          "unlimited_value": "value / 1000 without budgets", "auction_revenue": "auction revenue / 1000",
+          "served_total_revenue": "drawn revenue",
           "served_total_clicks": "drawn clicks", "served_total_conversions": "drawn conversions", "served_total_expected_clicks": "clicks",
           "served_total_expected_conversions": "conversions", "training_s": "training s"}
 
@@ -82,8 +84,8 @@ class Table3Config(Config):
     evaluate: tuple[str, ...] = ()
     """overrides of launch/evaluate_policy.py"""
     metrics: tuple[str, ...] = ("ndcg", "opr", "average", "maximum", "hitr@10", "true_average", "true_maximum", "true_ecpm_first",
-                                "served_revenue", "served_value", "served_total_expected_clicks", "served_total_expected_conversions",
-                                "training_s")
+                                "unlimited_revenue", "unlimited_value", "served_revenue", "served_value", "served_total_expected_clicks",
+                                "served_total_expected_conversions", "training_s")
     """columns of the table"""
 
     @model_validator(mode="after")

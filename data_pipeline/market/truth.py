@@ -24,6 +24,7 @@ from gpr_dist.errors import DataError
 Ids = pa.Array | pa.ChunkedArray | np.ndarray | Sequence[str]
 _CHUNK = 1 << 13
 _PER_MILLE = 1000
+_UNLIMITED = float(1 << 62)
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,8 @@ class Truth:
         price: its bid x CTR / the shown ad's CTR, at most the shown ad's bid, at least the reserve. Budgets are per day, full at its start.
 
         Args: ranked_item_BK: item ids [B, K] best first; empty or None = no ad. seed: of the responses; 0 = those of the log.
-            budget_frac: share of the daily budgets these requests may use, e.g. the share of the day's requests that they are.
+            budget_frac: share of the daily budgets these requests may use, e.g. the share of the day's requests that they are; inf = no
+                budget ends.
         """
         ad_BK = self.ad_numbers(ranked_item_BK)
         if ad_BK.ndim != 2 or len(ad_BK) != len(requests):
@@ -144,7 +146,7 @@ class Truth:
         safe = np.maximum(ad_BK, 0)
         offers = Offers(ad_BK, self.world.ad_advertiser_A[safe], score_BK, np.where(offered, ctr_BK, 1.0), self.world.ad_bid_A[safe])
         click_B = luck(self.config, seed, user_B, requests.time).click_N
-        budget_V = np.floor(self.world.budget_V * budget_frac).astype(np.int64)
+        budget_V = np.floor(np.minimum(self.world.budget_V * budget_frac, _UNLIMITED)).astype(np.int64)
         drawn = self._settle_days(offers, requests.time, budget_V, lambda rows, columns: click_B[rows] < ctr_BK[rows, columns])
         expected = self._settle_days(offers, requests.time, budget_V, lambda rows, columns: ctr_BK[rows, columns])
         rows = np.arange(len(requests))

@@ -222,6 +222,8 @@ def test_budgets_bind_and_the_order_of_the_requests_given_does_not_matter(scarce
     assert (served.shown_B > 0).mean() > 0.1  # the ads behind the first take over
     half = truth.serve(requests, ranked, budget_frac=0.5)
     assert half.num_exhausted > served.num_exhausted and half.revenue < served.revenue
+    unlimited = truth.serve(requests, ranked, budget_frac=np.inf)
+    assert unlimited.num_exhausted == 0 and (unlimited.shown_B == 0).all() and unlimited.expected_revenue > served.expected_revenue
     mixed = np.random.default_rng(5).permutation(len(requests))
     again = truth.serve(requests.take(mixed), ranked[mixed])
     assert columns(again) == pytest.approx(columns(served))
