@@ -33,13 +33,14 @@ from data_pipeline.shards import ShardConfig, ShardWriter, finished_parts, write
 from data_pipeline.sources import SourceConfig, open_source
 from data_pipeline.sources.base import Source, Task
 from data_pipeline.spill import Spill, batch_to_records, read_columns, read_partition, records_to_table
+from data_pipeline.users import UsersConfig, choose_users, open_users, record_users
 from data_pipeline.value_names import NAMES_FILE, ValueNames, add_names, count_names, write_names
 from gpr_dist.config import Config
 from gpr_dist.errors import ConfigError, DataError
 from gpr_dist.hashing import bucket_of, check_collisions, feature_id, hash_strings
 from gpr_dist.schema import NO_ITEM, SCHEMA_VERSION, ShardManifest, write_atomic
 
-BUILD_VERSION = 1  # raise it when the same logs and config give other bytes
+BUILD_VERSION = 2  # raise it when the same logs and config give other bytes
 _BYTES_PER_EVENT = 600  # memory of pass 2 per event of a bucket: record, sort keys, tokens, rows (measured, see the tests)
 _BYTES_PER_ITEM = 300  # likewise per item of a partition while the catalogue is merged
 _USER_IDS = pa.schema([("user", pa.uint64()), ("user_id", pa.string())])
@@ -63,6 +64,8 @@ class BuildConfig(Config):
     """how events become rows"""
     shards: ShardConfig = ShardConfig()
     """how rows are stored"""
+    users: UsersConfig = UsersConfig()
+    """what is stored of user ids"""
     catalogue: CatalogueConfig = CatalogueConfig()
     """how items are numbered"""
     max_bad_frac: float = Field(default=0.001, ge=0, le=1)
@@ -79,6 +82,8 @@ class _Plan(Config):
     """What every worker needs to know, fixed before pass 1."""
 
     key: str
+    users: str
+    """fingerprint of the user salt, or plain"""
     num_buckets: int
     num_partitions: int
     user_features: tuple[str, ...]
@@ -97,11 +102,13 @@ def build_data(config: BuildConfig) -> Path:
     source = _open_once(config)
     if config.catalogue.base and config.catalogue.base.resolve().is_relative_to(out.resolve()):
         raise ConfigError(f"catalogue.base={config.catalogue.base} lies in out={out}, which is rewritten; build into another folder")
-    key = _build_key(config, source)
+    users = choose_users(config.users, out)
+    key = _build_key(config, source, users)
     if (summary := _read_json(out / "build.json")) and summary.get("key") == key:
         print(f"{out} is up to date ({summary['rows']} log rows)")
         return out
-    plan = _start(config, source, key)
+    open_users(out, config.users.salt, users)  # asks for a missing salt before anything is removed
+    plan = _start(config, source, key, users)
     with _workers(config.num_workers) as pool:
         bad_rows, counts, names = _read_logs(config, plan, source, pool)
         bad_rows.check(config.max_bad_frac)
@@ -116,7 +123,8 @@ def build_data(config: BuildConfig) -> Path:
     write_names(names, out)
     _report(bad_rows, counts, catalogue, manifests, time.monotonic() - started)
     summary = {"key": key, "rows": bad_rows.total, "bad_rows": dict(bad_rows.reasons), "counts": dict(counts),
-               "journeys": config.journeys.model_dump(mode="json"), "num_profile_features": len(source.profile_features)}
+               "journeys": config.journeys.model_dump(mode="json"), "num_profile_features": len(source.profile_features),
+               "num_buckets": plan.num_buckets}
     write_atomic(out / "build.json", json.dumps(summary, indent=1).encode())
     shutil.rmtree(out / ".build")
     return out
@@ -131,15 +139,15 @@ def describe_build(config: BuildConfig) -> list[str]:
             f"{config.memory_limit_bytes / 2**30:.1f} GiB each; output: {config.out}"]
 
 
-def _build_key(config: BuildConfig, source: Source) -> str:
-    """Changes with anything that changes the output: config, input files, base catalogue, version."""
-    settings = config.model_dump(mode="json", exclude={"num_workers", "out"})
+def _build_key(config: BuildConfig, source: Source, users: str) -> str:
+    """Changes with anything that changes the output: config, user salt, input files, base catalogue, version."""
+    settings = config.model_dump(mode="json", exclude={"num_workers", "out", "users"})
     base = Catalogue(config.catalogue.base).fingerprint if config.catalogue.base else None
-    content = [BUILD_VERSION, SCHEMA_VERSION, settings, source.inputs(), base]
+    content = [BUILD_VERSION, SCHEMA_VERSION, settings, users, source.inputs(), base]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _start(config: BuildConfig, source: Source, key: str) -> _Plan:
+def _start(config: BuildConfig, source: Source, key: str, users: str) -> _Plan:
     """Go on with an interrupted build of the same key, or clear what an older one left (manifests first) and make a new plan."""
     out, work = config.out, config.out / ".build"
     found = _read_json(work / "plan.json")
@@ -152,10 +160,11 @@ def _start(config: BuildConfig, source: Source, key: str) -> _Plan:
     for folder in (out / "shards", out / "catalogue", work):
         shutil.rmtree(folder, ignore_errors=True)
     rows = sum(task.num_rows for task in source.tasks())
-    plan = _Plan(key=key, num_buckets=_num_buckets(config, rows),
+    plan = _Plan(key=key, users=users, num_buckets=_num_buckets(config, rows),
                  num_partitions=max(1, math.ceil(rows * _BYTES_PER_ITEM / config.memory_limit_bytes)),
                  user_features=source.profile_features + source.user_features, env_features=source.env_features)
     work.mkdir(parents=True)
+    record_users(out, users)
     write_atomic(work / "plan.json", plan.model_dump_json().encode())
     return plan
 
@@ -194,6 +203,7 @@ def _read_task(config: BuildConfig, plan: _Plan, task: Task) -> Task:
     events = Spill(work / "events", name, plan.num_buckets, config.memory_limit_bytes // 4)
     users = Spill(work / "users", name, plan.num_buckets, config.memory_limit_bytes // 16)
     items = ItemCollector(work / "sightings", name, plan.num_partitions, config.memory_limit_bytes // 16)
+    ids = open_users(config.out, config.users.salt, plan.users)
     bad_rows, counts, names, seen = BadRows(), Counter(), {}, _Distinct(config.memory_limit_bytes // 16)
     features = [(f"user.{name}", name) for name in source.user_features] + [(f"env.{name}", name) for name in source.env_features]
     for batch in source.read_events(task):
@@ -207,7 +217,8 @@ def _read_task(config: BuildConfig, plan: _Plan, task: Task) -> Task:
         items.add(rows["item_id"], records["item"], records["kind"], records["timestamp"])
         check_collisions(rows["user_id"], records["user"], "user")
         new = seen.first_sightings(records["user"], rows["user_id"])
-        users.add(bucket[new], pa.table([records["user"][new], rows["user_id"].take(pa.array(new)).cast(pa.string())], schema=_USER_IDS))
+        stored = ids.stored(rows["user_id"].take(pa.array(new)))  # no raw id goes to disk
+        users.add(bucket[new], pa.table([records["user"][new], stored], schema=_USER_IDS))
         counts["ad events"] += int((records["kind"] == AD).sum())
         counts["organic events"] += int((records["kind"] == ORGANIC).sum())
     for part in (events, users, items):
@@ -391,7 +402,7 @@ def _users(work: Path, bucket: int, part: int, num_parts: int, num_buckets: int,
     if num_parts > 1:
         mine = np.flatnonzero(_in_part(hashes, part, num_parts, num_buckets))
         hashes, ids = hashes[mine], ids.take(pa.array(mine))
-    check_collisions(ids, hashes, "user")
+    check_collisions(ids, hashes, "stored user")
     distinct, first = np.unique(hashes, return_index=True)
     profiles = np.zeros((len(distinct), num_features), np.int32)
     if num_features and len(distinct):
@@ -403,7 +414,8 @@ def _users(work: Path, bucket: int, part: int, num_parts: int, num_buckets: int,
         if len(np.unique(at)) < len(at):
             twice = int(np.argmax(np.bincount(at) > 1))
             user = ids[int(first[twice])].as_py()
-            raise DataError(f"users table: user {user!r} is listed {np.bincount(at)[twice]} times; keep one row per user")
+            raise DataError(f"users table: user {user!r} (as stored) is listed {np.bincount(at)[twice]} times; keep one row per "
+                            "user (users.ids=plain names it as the logs do)")
         profiles[at] = records["features"]
     return Users(distinct, ids.take(pa.array(first)), profiles)
 

@@ -112,7 +112,7 @@ class ShardManifest(Config):
     catalogue_fingerprint: str
     num_items: int
     content_checksum: str
-    """xxh3_128 of the uncompressed record batches: counts alone would not notice edited journeys on resume"""
+    """xxh3_128 of the uncompressed record batches without user_id: counts alone would not notice edited journeys on resume"""
     index_checksum: str
     """sha256 of index.arrow followed by rows.npy"""
 
