@@ -184,9 +184,11 @@ def run_size(config: StepBenchConfig, name: str, size: SizeConfig) -> dict[str, 
     with contender(config, "gpr", {"size": size.model_dump(mode="json")}) as ours:
         about = ours.run("describe")
         memory = [ours.run("step")["memory_bytes"] for _ in range(2)][-1]  # before the parts hold anything; the optimizer has its state
-        runs = measure(config, {name: ours}, skip=("describe",))[name]
+        kept = ours.run("kept")
+        runs = measure(config, {name: ours}, skip=("describe", "kept"))[name]
+        heads = heads_cost(config, ours, size)
     found = size_metrics(about, {step: seconds(config, answers) for step, answers in runs.items()},
-                         runs["matmul"][0]["flops"], memory)
+                         runs["matmul"][0]["flops"], memory) | {"kept_bytes": kept, "heads_cost": heads}
     print(f"\n{name}: {about['parameters'] / 1e6:.1f} M parameters, {size.rows} journeys, {about['tokens']:,} tokens, "
           f"{about['targets']:,} target ads ({about['head_targets']:,} with all heads)")
     print(f"  step {found['step_s'] * 1e3:.0f} ms: {found['tokens_per_s']:,.0f} tokens/s, {found['targets_per_s']:,.0f} targets/s, "
@@ -196,10 +198,24 @@ def run_size(config: StepBenchConfig, name: str, size: SizeConfig) -> dict[str, 
           f"PTD {found['ptd_dense_mfu']:.0%}")
     print(f"  their bare products reach HSD {found['hsd_products_mfu']:.0%}, PTD {found['ptd_products_mfu']:.0%}; of that the dense parts "
           f"reach {found['hsd_dense_of_products']:.0%}, {found['ptd_dense_of_products']:.0%}")
+    if heads:
+        print(f"  a step with {size.model.num_mtp_heads} heads takes {heads:.2f} times as long as with one")
+    print(f"    {'':24} {'':11} of the step   kept for backward")
     for part, share in found["parts"].items():
-        print(f"    {part:24} {share['seconds'] * 1e3:8.1f} ms {share['share']:7.1%}")
+        held = f"{kept[part] / 2**20:8.1f} MiB" if part in kept else ""
+        print(f"    {part:24} {share['seconds'] * 1e3:8.1f} ms {share['share']:11.1%} {held:>19}")
     print(f"    {'sum':24} {found['parts_s'] * 1e3:8.1f} ms {found['parts_s'] / found['step_s']:7.1%} of the step")
     return found
+
+
+def heads_cost(config: StepBenchConfig, ours: Contender, size: SizeConfig) -> float | None:
+    """Seconds of a step over those of one with a single MTP head, steps alternating; None where there is one only."""
+    if size.model.num_mtp_heads == 1:
+        return None
+    single = size.model_copy(update={"model": size.model.model_copy(update={"num_mtp_heads": 1})})
+    with contender(config, "gpr", {"size": single.model_dump(mode="json")}) as one:
+        runs = measure(config, {"all": ours, "one": one}, only=("step",))
+    return seconds(config, runs["all"]["step"]) / seconds(config, runs["one"]["step"])
 
 
 def size_metrics(about: dict[str, Any], step_seconds: dict[str, float], matmul_flops: float, memory_bytes: int) -> dict[str, Any]:

@@ -136,7 +136,8 @@ class Training:
         names = [*PARTS, *(["PTD refining loss"] if self.config.ptd.refining else [])]
         parts = {f"part: {name}": partial(self.part, name) for name in names}
         products = {f"products: {decoder}": partial(self.products, decoder) for decoder in DENSE}
-        return {"describe": self.describe, "step": self.step, "matmul": partial(matmul, self.device, self.precision), **parts, **products}
+        return {"describe": self.describe, "kept": self.kept, "step": self.step, "matmul": partial(matmul, self.device, self.precision),
+                **parts, **products}
 
     def part(self, name: str) -> None:
         """Run a part; the first one asked for makes them all."""
@@ -157,6 +158,11 @@ class Training:
         return {"parameters": sum(p.numel() for p in self.model.parameters()), "tokens": self.batch.num_tokens,
                 "targets": self.batch.num_targets, "head_targets": len(self.batch.target_head_N),
                 "flops": {part: TRAINING_FACTOR * flops for part, flops in forward_flops(self.config, self.work).items()}}
+
+    def kept(self) -> dict:
+        """Bytes that each part keeps from its forward for its backward; what two parts share counts in both."""
+        self.made_parts = self.made_parts or self.parts()
+        return {name: part.kept_bytes() for name, part in self.made_parts.items() if isinstance(part, Part)}
 
     def step(self) -> dict:
         self.model.zero_grad()
@@ -254,14 +260,33 @@ class Part:
     def __init__(self, model: nn.Module, function: Callable, *inputs: Any, skip_attention: bool = False) -> None:
         self.model, self.function, self.inputs, self.skip_attention = model, function, cut(inputs), skip_attention
 
+    def kept_bytes(self) -> int:
+        """Of the tensors that autograd keeps, each storage once; parameters are not among them."""
+        parameters = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = self._forward(self.skip_attention)  # held until all are counted, or storages would be used again
+        del output
+        return sum(kept.values())
+
+    def _forward(self, skip_attention: bool) -> Any:
+        with ExitStack() as stack:
+            for module in (gpr_dist.model.hsd, gpr_dist.model.ptd) if skip_attention else ():
+                stack.enter_context(patch.object(module, "hybrid_attention", lambda q, k, v, *_, **__: FreeAttention.apply(q, k, v)))
+            return self.function(*self.inputs)
+
     def __call__(self, skip_attention: bool = False) -> None:
         self.model.zero_grad()
         for tensor in tensors(self.inputs):
             tensor.grad = None
-        with ExitStack() as stack:
-            for module in (gpr_dist.model.hsd, gpr_dist.model.ptd) if skip_attention or self.skip_attention else ():
-                stack.enter_context(patch.object(module, "hybrid_attention", lambda q, k, v, *_, **__: FreeAttention.apply(q, k, v)))
-            output = self.function(*self.inputs)
+        output = self._forward(skip_attention or self.skip_attention)
         found = [tensor for tensor in tensors(output) if tensor.grad_fn is not None]
         torch.autograd.backward(found, [torch.ones_like(tensor) for tensor in found])
 

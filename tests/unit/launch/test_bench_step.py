@@ -70,6 +70,18 @@ def test_parts_are_made_of_the_step(ours, extra):
     assert all(not torch.equal(before[name], parameter) for name, parameter in training.model.named_parameters())
 
 
+def test_what_a_part_keeps_for_its_backward_grows_with_the_rows_alone(ours):
+    kept = []
+    for rows in (2, 4):
+        batch = ours.generate_batch(TINY, rows=rows, tokens=40, organic=2, ads=2, spread=0.0, seed=1)
+        kept.append(ours.Training(TINY, batch, SETTINGS).kept())
+    assert set(kept[0]) == set(ours.PARTS) - {"optimizer"}
+    for part in ("HSD without attention", "PTD generation", "code loss"):
+        assert kept[1][part] == pytest.approx(2 * kept[0][part], rel=0.3)
+    linear = ours.Part(torch.nn.Linear(3, 5), lambda x: torch.nn.functional.silu(x @ x.new_ones(3, 5)), torch.zeros(7, 3, requires_grad=True))
+    assert linear.kept_bytes() == 4 * (3 * 5 + 7 * 5)  # the product's right side and silu's input; its left side needs none
+
+
 def test_bf16_step_updates_float32_masters(ours):
     batch = ours.generate_batch(TINY, rows=2, tokens=30, organic=2, ads=2, spread=0.0, seed=1)
     training = ours.Training(TINY, batch, {**SETTINGS, "precision": "bf16"})
@@ -140,6 +152,7 @@ def test_the_table_is_made_and_absent_peers_are_named(bench, tmp_path, capsys):
     results = json.loads((tmp_path / "out.json").read_text())["results"]
     assert results["tiny"]["tokens_per_s"] == pytest.approx(results["tiny"]["tokens"] / results["tiny"]["step_s"])
     assert 0 < results["tiny"]["mfu"] < 1 and results["tiny"]["memory_bytes"] > 0
+    assert results["tiny"]["heads_cost"] > 0 and results["tiny"]["kept_bytes"]["code loss"] > 0
     assert "ModuleNotFoundError" in results["tiny_hstu"]["encoder"]["absent"]["HSTU"]
     text = capsys.readouterr().out
     assert "HSTU  " in text and "does not run here: ModuleNotFoundError" in text
