@@ -29,6 +29,7 @@ from gpr_dist.data.past import PastItems
 from gpr_dist.data.reader import ShardReader
 from gpr_dist.data.rows import StoredRows
 from gpr_dist.data.sampler import EpochPlan, Sampling, World, build_sampling, owned_streams, pack_in_order, pack_steps
+from gpr_dist.data.storage import StorageConfig
 from gpr_dist.errors import DataError
 from gpr_dist.hashing import row_keys
 from gpr_dist.schema import JOURNEY_SCHEMA, Batch
@@ -55,7 +56,7 @@ class LoaderConfig(Config):
     quadratic_at: int = Field(default=4096, ge=1)
     """journey length, in tokens, at which attention costs as much as the rest of a layer (about 6 x width); for balancing ranks"""
     verify: Literal["first_read", "never"] = "first_read"
-    """when checksums are compared"""
+    """when checksums are compared; of remote shards first_read means each read, as each is another transfer"""
     on_corrupt: Literal["stop", "skip"] = "stop"
     """a damaged record batch stops the run, or is skipped, logged and counted"""
     prefetch_steps: int = Field(default=2, ge=0)
@@ -66,6 +67,8 @@ class LoaderConfig(Config):
     """record batches fetched at a time, for remote shards"""
     cache_dir: str | None = None
     """where index and row statistics of remote shards are kept; none = the system's temporary folder"""
+    storage: StorageConfig = StorageConfig()
+    """how long to be patient with remote shards"""
 
 
 @dataclass(frozen=True)
@@ -240,7 +243,7 @@ def build_loader(folder: str | Path, config: LoaderConfig, world: World, codes_M
     """
     sampling = build_sampling(config.seed, config.global_batch_size, world.size, config.micro_batch_tokens, config.num_streams,
                               config.shuffle_rows, config.quadratic_at)
-    reader = ShardReader(folder, config.verify, config.on_corrupt, config.cache_dir)
+    reader = ShardReader(folder, config.verify, config.on_corrupt, config.cache_dir, config.storage)
     if reader.manifest.num_rows == 0:
         raise DataError(f"{folder} has no journeys; check the time cut-offs of the build")
     _check_codes(reader, codes_ML)
@@ -252,7 +255,7 @@ def iter_once(folder: str | Path, config: LoaderConfig, world: World, codes_ML: 
               max_rows: int | None = None, legal: LegalCodes | None = None, knowledge: Path | None = None,
               candidates: ItemCandidates | None = None, past: PastItems | None = None) -> OnePass:
     """Open a split for one deterministic pass, each row on exactly one rank; `max_rows`: only the first so many rows."""
-    reader = ShardReader(folder, config.verify, config.on_corrupt, config.cache_dir)
+    reader = ShardReader(folder, config.verify, config.on_corrupt, config.cache_dir, config.storage)
     _check_codes(reader, codes_ML)
     make_batch = _batch_maker(reader, codes_ML, num_heads, legal, knowledge, candidates, past, config, False, False)
     return OnePass(reader, world, make_batch, config.micro_batch_tokens, max_rows)

@@ -1,7 +1,7 @@
 """Reads record batches of a split folder by number, from a local path or any URI that pyarrow.fs opens (s3://, gs://, hdfs://).
 
 Owns verification: manifest, index, file sizes when a folder is opened, and the checksum of each record batch at its first read. What
-is read when is decided by `loader.py`.
+is read when is decided by `loader.py`; how remote files are reached, and how often they are asked, by `storage.py`.
 """
 
 import hashlib
@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 import webdataset
 import xxhash
-from pyarrow import fs
 
+from gpr_dist.data.storage import Storage, StorageConfig, StorageError
 from gpr_dist.errors import DataError
 from gpr_dist.schema import INDEX_SCHEMA, JOURNEY_SCHEMA, ROW_STATS, ShardManifest
 
@@ -34,20 +34,21 @@ class ShardReader:
     """
 
     def __init__(self, folder: str | Path, verify: Literal["first_read", "never"] = "first_read",
-                 on_corrupt: Literal["stop", "skip"] = "stop", cache_dir: str | Path | None = None) -> None:
-        """Raises: DataError when there is no manifest, the index is altered, or (on_corrupt = stop) a shard is missing or cut short."""
-        self.folder, self.verify, self.on_corrupt = str(folder), verify, on_corrupt
-        self._files, self._root = _open_filesystem(self.folder)
-        self.is_local = isinstance(self._files, fs.LocalFileSystem)
+                 on_corrupt: Literal["stop", "skip"] = "stop", cache_dir: str | Path | None = None,
+                 storage: StorageConfig | None = None) -> None:
+        """Raises: DataError when there is no manifest, the index is altered, or (on_corrupt = stop) a shard is missing or cut short;
+        StorageError when a remote storage refuses, or fails for longer than `storage` allows."""
+        self.storage = Storage(folder, storage)
+        self.folder, self.verify, self.on_corrupt, self.is_local = self.storage.name, verify, on_corrupt, self.storage.is_local
         self.manifest = self._read_manifest()
         index, rows = self._local_sidecars(Path(cache_dir or Path(tempfile.gettempdir()) / f"gpr-dist-{os.getuid()}"))
         self.first_row, self.num_rows = index["first_row"], index["num_rows"]
         self.num_tokens, self.num_targets = rows[:, 0], rows[:, 1]
         self._index = index
         self._unverified = np.full(self.num_batches, verify != "never")
-        self._opened: dict[int, pa.Buffer | pa.NativeFile] = {}
+        self._mapped: dict[int, pa.Buffer] = {}
         self._lock = threading.Lock()
-        self.num_batches_read = self.num_skipped_batches = self.num_skipped_rows = 0
+        self.num_batches_read = self.num_reread_batches = self.num_skipped_batches = self.num_skipped_rows = 0
         self._check_shards()
 
     @property
@@ -55,21 +56,15 @@ class ShardReader:
         return len(self.first_row)
 
     def read_batch(self, number: int) -> pa.RecordBatch:
-        """Record batch `number`. Raises: DataError naming file, batch, and expected and found checksum."""
-        index = self._index
-        shard, offset, num_bytes = int(index["shard"][number]), int(index["offset"][number]), int(index["num_bytes"][number])
-        try:
-            content = self._read_bytes(shard, offset, num_bytes)
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{self._where(number)} cannot be read ({error}); {_REBUILD}") from None
-        if content.size != num_bytes:
-            raise DataError(f"{self._where(number)}: the file ends {num_bytes - content.size} bytes early; {_REBUILD}")
-        if self._unverified[number]:
-            found = xxhash.xxh3_64_intdigest(content)
-            expected = int(index["checksum"][number])
-            if found != expected:
-                raise DataError(f"{self._where(number)} is damaged: checksum {found:016x}, expected {expected:016x}; {_REBUILD}")
-            self._unverified[number] = False
+        """Record batch `number`. Raises: DataError naming file, batch, and expected and found checksum; StorageError of the storage."""
+        content, problem = self._read_checked(number)
+        if problem and not self.is_local:  # the object may be whole, and what arrived cut or garbled
+            log.warning("%s: %s; read once more", self._where(number), problem)
+            with self._lock:
+                self.num_reread_batches += 1
+            content, problem = self._read_checked(number)
+        if problem:
+            raise DataError(f"{self._where(number)} {problem}; {_REBUILD}")
         try:
             if self.manifest.container == "arrow":
                 message = content
@@ -80,16 +75,18 @@ class ShardReader:
             batch = pa.ipc.read_record_batch(message, JOURNEY_SCHEMA)
         except (pa.ArrowException, OSError, StopIteration) as error:
             raise DataError(f"{self._where(number)} is not a record batch of journeys ({error}); {_REBUILD}") from None
-        if batch.num_rows != index["num_rows"][number]:
-            raise DataError(f"{self._where(number)} has {batch.num_rows} rows, the index says {index['num_rows'][number]}; {_REBUILD}")
+        if batch.num_rows != self.num_rows[number]:
+            raise DataError(f"{self._where(number)} has {batch.num_rows} rows, the index says {self.num_rows[number]}; {_REBUILD}")
         with self._lock:
             self.num_batches_read += 1
         return batch
 
     def read_batch_or_skip(self, number: int) -> pa.RecordBatch | None:
-        """As `read_batch`; with on_corrupt = skip a damaged one is logged, counted and None."""
+        """As `read_batch`; with on_corrupt = skip a damaged one is logged, counted and None; a storage that fails is no damage."""
         try:
             return self.read_batch(number)
+        except StorageError:
+            raise
         except DataError as error:
             if self.on_corrupt == "stop":
                 raise
@@ -113,13 +110,12 @@ class ShardReader:
         return f"{self._path(shard)} batch {number - int(np.searchsorted(self._index['shard'], shard))}"
 
     def _path(self, shard: int) -> str:
-        return f"{self.folder.rstrip('/')}/{self.manifest.shards[shard].name}"
+        return f"{self.folder}/{self.manifest.shards[shard].name}"
 
     def _read_manifest(self) -> ShardManifest:
-        where = f"{self.folder.rstrip('/')}/manifest.json"
+        where = f"{self.folder}/manifest.json"
         try:
-            with self._files.open_input_stream(f"{self._root}/manifest.json") as file:
-                return ShardManifest.parse(file.read(), where)
+            return ShardManifest.parse(self.storage.read_all("manifest.json"), where)
         except FileNotFoundError:
             raise DataError(f"{where} does not exist: no data set there, or its build was interrupted; run launch/build_data.py") from None
         except OSError as error:
@@ -127,13 +123,14 @@ class ShardReader:
 
     def _local_sidecars(self, cache: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """The index as arrays and the memory-mapped row statistics, both checked against the manifest."""
-        paths = [Path(self._root) / "index.arrow", Path(self._root) / "rows.npy"]
         try:
-            if not self.is_local:
-                local = [cache / f"{self.manifest.index_checksum}-{path.name}" for path in paths]
-                paths = [_copy_once(self._files, f"{self._root}/{path.name}", copy) for path, copy in zip(paths, local, strict=True)]
-            if self.verify != "never" and _sha256(paths) != self.manifest.index_checksum:
-                raise DataError(f"{self.folder}: index.arrow or rows.npy was altered after the manifest was written; {_REBUILD}")
+            paths = self._sidecar_paths(cache)
+            if not self._unaltered(paths):
+                for path in () if self.is_local else paths:  # what arrived was cut or garbled, or what lay in the cache
+                    path.unlink(missing_ok=True)
+                paths = self._sidecar_paths(cache)
+                if self.is_local or not self._unaltered(paths):
+                    raise DataError(f"{self.folder}: index.arrow or rows.npy was altered after the manifest was written; {_REBUILD}")
             with pa.memory_map(str(paths[0])) as file:
                 table = pa.ipc.open_file(file).read_all()
             rows = np.load(paths[1], mmap_mode="r") if self.manifest.num_rows else np.zeros((0, len(ROW_STATS)), np.int32)
@@ -145,11 +142,20 @@ class ShardReader:
             raise DataError(f"{self.folder}: index.arrow or rows.npy does not fit the manifest; {_REBUILD}")
         return {name: table.column(name).to_numpy() for name in table.column_names}, rows
 
+    def _sidecar_paths(self, cache: Path) -> list[Path]:
+        names = ("index.arrow", "rows.npy")
+        if self.is_local:
+            return [Path(self.storage.root) / name for name in names]
+        return [self.storage.copy(name, cache / f"{self.manifest.index_checksum}-{name}") for name in names]
+
+    def _unaltered(self, paths: list[Path]) -> bool:
+        return self.verify == "never" or _sha256(paths) == self.manifest.index_checksum
+
     def _check_shards(self) -> None:
         """Existence and size of every shard, from one listing of the folder."""
-        found = {info.base_name: info.size for info in self._files.get_file_info(fs.FileSelector(self._root))}
+        found = self.storage.sizes()
         for shard in self.manifest.shards:
-            where = f"{self.folder.rstrip('/')}/{shard.name}"
+            where = f"{self.folder}/{shard.name}"
             if shard.name not in found:
                 problem = f"{where} is missing"
             elif found[shard.name] != shard.num_bytes:
@@ -160,19 +166,32 @@ class ShardReader:
                 raise DataError(f"{problem}; {_REBUILD}")
             log.warning("%s; its journeys will be skipped as far as they cannot be read", problem)
 
-    def _read_bytes(self, shard: int, offset: int, num_bytes: int) -> pa.Buffer:
+    def _read_checked(self, number: int) -> tuple[pa.Buffer, str | None]:
+        """The bytes of a record batch and what is wrong with them. Remote ones are compared at every read: each is another transfer."""
+        shard, offset, num_bytes, expected = (int(self._index[name][number]) for name in ("shard", "offset", "num_bytes", "checksum"))
+        try:
+            content = self._read_bytes(number, shard, offset, num_bytes)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{self._where(number)} cannot be read ({error}); {_REBUILD}") from None
+        if content.size != num_bytes:
+            return content, f"ends {num_bytes - content.size} bytes early"
+        if self._unverified[number]:
+            found = xxhash.xxh3_64_intdigest(content)
+            if found != expected:
+                return content, f"is damaged: checksum {found:016x}, expected {expected:016x}"
+            self._unverified[number] = not self.is_local
+        return content, None
+
+    def _read_bytes(self, number: int, shard: int, offset: int, num_bytes: int) -> pa.Buffer:
+        name = self.manifest.shards[shard].name
+        if not self.is_local:
+            return self.storage.read_range(name, offset, num_bytes, self._where(number))
         with self._lock:
-            if shard not in self._opened:
-                path = f"{self._root}/{self.manifest.shards[shard].name}"
-                if self.is_local:
-                    with pa.memory_map(path) as file:
-                        self._opened[shard] = file.read_buffer()  # no copy; the mapping lives as long as the buffer
-                else:
-                    self._opened[shard] = self._files.open_input_file(path)
-            opened = self._opened[shard]
-        if isinstance(opened, pa.Buffer):
-            return opened.slice(min(offset, opened.size), num_bytes)
-        return pa.py_buffer(opened.read_at(num_bytes, offset))
+            if shard not in self._mapped:
+                with pa.memory_map(f"{self.storage.root}/{name}") as file:
+                    self._mapped[shard] = file.read_buffer()  # no copy; the mapping lives as long as the buffer
+            mapped = self._mapped[shard]
+        return mapped.slice(min(offset, mapped.size), num_bytes)
 
 
 def iter_batches(url: str) -> Iterator[pa.RecordBatch]:
@@ -189,26 +208,6 @@ def iter_batches(url: str) -> Iterator[pa.RecordBatch]:
             yield from pa.ipc.open_stream(sample["arrow"])
         except pa.ArrowException as error:
             raise DataError(f"{url}: member {sample['__key__']}.arrow is damaged ({error})") from None
-
-
-def _open_filesystem(folder: str) -> tuple[fs.FileSystem, str]:
-    if "://" not in folder:
-        return fs.LocalFileSystem(), os.path.abspath(folder)
-    try:
-        files, path = fs.FileSystem.from_uri(folder)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"cannot open {folder}: {error}") from None
-    return files, path.rstrip("/")
-
-
-def _copy_once(files: fs.FileSystem, source: str, target: Path) -> Path:
-    """Copy a remote file beside its final name and rename: processes of one machine may race, the content is the same."""
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        fs.copy_files(source, str(temporary), source_filesystem=files, destination_filesystem=fs.LocalFileSystem())
-        os.replace(temporary, target)
-    return target
 
 
 def _sha256(paths: list[Path]) -> str:

@@ -8,6 +8,7 @@ import pytest
 from journeys_fixture import random_journeys, write_split
 
 from data_pipeline.shards import ShardConfig, ShardWriter
+from gpr_dist.data import storage
 from gpr_dist.data.reader import ShardReader, iter_batches
 from gpr_dist.errors import DataError
 
@@ -42,10 +43,8 @@ def test_reads_back_what_was_written(tmp_path, container, compression):
 def test_opens_a_uri_and_a_remote_filesystem(tmp_path, monkeypatch):
     folder = build(tmp_path / "split")
     assert same(read_all(ShardReader(folder.as_uri())), JOURNEYS)
-    from gpr_dist.data import reader as module
-
     wrapped = pa.fs.SubTreeFileSystem(str(tmp_path), pa.fs.LocalFileSystem())  # not local by type: takes the road of object stores
-    monkeypatch.setattr(module, "_open_filesystem", lambda folder: (wrapped, "split"))
+    monkeypatch.setattr(storage, "_open_uri", lambda uri, config: (wrapped, "split"))
     remote = ShardReader("s3://bucket/split", cache_dir=tmp_path / "cache")
     assert same(read_all(remote), JOURNEYS)
     assert len(list((tmp_path / "cache").iterdir())) == 2
