@@ -1,0 +1,58 @@
+"""Which network interface of this host reaches the other hosts of a job: gloo, left alone, takes the address of the host's own name.
+
+On Debian and its kin that is 127.0.1.1, which no other host reaches. NCCL chooses well by itself.
+"""
+
+import ipaddress
+import os
+import socket
+
+import psutil
+
+ANYWHERE = "192.0.2.1"  # RFC 5737: belongs to nobody; asking for the route to it sends nothing
+
+
+def spans_hosts() -> bool:
+    """Whether the launcher (torchrun or deepspeed) started ranks of this job on other hosts too."""
+    here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return here is not None and int(here) < int(os.environ.get("WORLD_SIZE", here))
+
+
+def interface_to(host: str) -> str | None:
+    """Name of the interface whose address this host shows to `host` (a name or an address).
+
+    `host` itself, which may know its own name as a loopback address only, takes the interface of the default route, or else its only
+    one. Returns: None where that does not decide.
+    """
+    candidates = external_addresses()
+    for target in (host, ANYWHERE):
+        if (address := _source_address(target)) in candidates:
+            return candidates[address]
+    names = set(candidates.values())
+    return names.pop() if len(names) == 1 else None
+
+
+def external_addresses() -> dict[str, str]:
+    """Addresses of this host that others may reach, with their interfaces: up, neither loopback nor link-local."""
+    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    found = {}
+    for name, addresses in psutil.net_if_addrs().items():
+        for entry in addresses:
+            if name in up and entry.family in (socket.AF_INET, socket.AF_INET6) and not _is_local(entry.address):
+                found[entry.address] = name
+    return found
+
+
+def _is_local(address: str) -> bool:
+    parsed = ipaddress.ip_address(address.split("%")[0])
+    return parsed.is_loopback or parsed.is_link_local
+
+
+def _source_address(target: str) -> str | None:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(target, 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)  # of a datagram socket: looks up the route, sends nothing
+            return probe.getsockname()[0]
+    except OSError:
+        return None
