@@ -27,6 +27,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from gpr_dist.config import Config  # noqa: E402
 from gpr_dist.errors import ConfigError  # noqa: E402
+from gpr_dist.network import interface_to, spans_hosts  # noqa: E402
 
 STATES = ("param", "exp_avg", "exp_avg_sq")
 
@@ -73,11 +74,16 @@ class StateShard:
 
 
 def init_distributed(timeout_seconds: float = 1800.0) -> None:
-    """Join the process group: gloo on CPU, NCCL on CUDA; without a launcher this process is a group of its own."""
+    """Join the process group: gloo on CPU, NCCL on CUDA; without a launcher this process is a group of its own.
+
+    GLOO_SOCKET_IFNAME, if unset, becomes the interface to the other hosts.
+    """
     deepspeed_logger.setLevel("ERROR")
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
+    if spans_hosts() and "GLOO_SOCKET_IFNAME" not in os.environ and (interface := interface_to(os.environ["MASTER_ADDR"])):
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
