@@ -1,21 +1,30 @@
-"""Where numbers go: always a local JSONL file, W&B as available (the only file that imports it), a progress bar on rank 0.
+"""Where numbers go: always local JSONL files, W&B as available (the only file that imports it), a progress bar on rank 0.
 
-The JSONL is the truth; W&B is a sink whose failure never stops a run.
+The JSONL is the truth; W&B is a sink whose failure never stops a run. metrics.jsonl has every step once: a resume takes back the lines
+after its checkpoint. events.jsonl only grows: every start, end, checkpoint and alert, with the time.
 """
 
+import contextlib
+import io
 import json
 import math
 import netrc
 import os
 import sys
+import time
 import uuid
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
+from pydantic import Field
 from tqdm import tqdm
 
 from gpr_dist.config import Config
 from gpr_dist.schema import write_atomic
+from gpr_dist.training.panels import panel_of
+
+EVENTS = "events.jsonl"
+ALERT_WAIT_S = 600
 
 
 class TrackerConfig(Config):
@@ -27,6 +36,8 @@ class TrackerConfig(Config):
     """W&B project"""
     progress: bool = True
     """progress bar on rank 0"""
+    finish_seconds: float = Field(60.0, gt=0)
+    """longest wait for W&B's last uploads at the end; what is missing then is on disk for `wandb sync`"""
 
 
 class Tracker:
@@ -35,12 +46,13 @@ class Tracker:
     def __init__(self, config: TrackerConfig, run_folder: Path, resolved_config: dict[str, Any], rank: int, num_steps: int,
                  start_step: int) -> None:
         self.path = run_folder / "metrics.jsonl"
-        self._file = self._wandb = self._bar = None
+        self._file = self._events = self._wandb = self._bar = None
         if rank != 0:
             return
         run_folder.mkdir(parents=True, exist_ok=True)
         _drop_lines_after(self.path, start_step)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  lives as long as the run
+        self._events = _open_to_append(run_folder / EVENTS)
         self._wandb = _start_wandb(config, run_folder, resolved_config)
         self._bar = tqdm(total=num_steps, initial=start_step, desc="train", unit="step", mininterval=0.5, disable=not config.progress)
 
@@ -50,7 +62,21 @@ class Tracker:
             return
         self._file.write(json.dumps({"step": step, **{k: _finite_or_name(v) for k, v in metrics.items()}}) + "\n")
         self._file.flush()
-        self._to_wandb(lambda run: run.log({k: v for k, v in metrics.items() if isinstance(v, int | float)}, step=step))
+        grouped = {"/".join(panel_of(k)): v for k, v in metrics.items() if isinstance(v, int | float)}
+        self._to_wandb(lambda run: run.log(grouped, step=step))
+
+    def event(self, step: int, event: str, **facts: Any) -> None:
+        """Record what happened to the run: a start, an end, a checkpoint. Facts are JSON values."""
+        if self._events is not None:
+            line = {"time": round(time.time(), 3), "step": step, "event": event, **{k: _finite_or_name(v) for k, v in facts.items()}}
+            self._events.write(json.dumps(line) + "\n")
+            self._events.flush()
+
+    def alert(self, step: int, kind: str, text: str) -> None:
+        """Something a person must look at: a WARNING line, an event, and W&B's alert, of each kind one in ten minutes."""
+        self.event(step, "alert", kind=kind, text=text)
+        self.say(f"WARNING: {text}")
+        self._to_wandb(lambda run: run.alert(title=kind.replace("_", " "), text=text, level="WARN", wait_duration=ALERT_WAIT_S))
 
     def advance(self, step: int, **shown: str) -> None:
         """Move the progress bar to `step`."""
@@ -68,6 +94,7 @@ class Tracker:
         if self._file is not None:
             self._bar.close()
             self._file.close()
+            self._events.close()
             self._to_wandb(lambda run: run.finish(exit_code=exit_code))
 
     def _to_wandb(self, action: Any) -> None:
@@ -98,6 +125,25 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def read_events(run_folder: Path) -> list[dict[str, Any]]:
+    """Lines of events.jsonl, in order, with those of runs that ended in the middle of one left out; none without the file."""
+    path, lines = run_folder / EVENTS, []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    return lines
+
+
+def _open_to_append(path: Path) -> IO[str]:
+    """After a crash in the middle of a line the next one begins on a line of its own."""
+    file = open(path, "a+b")  # noqa: SIM115  lives as long as the run
+    if file.tell():
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+    return io.TextIOWrapper(file, encoding="utf-8")
+
+
 def _drop_lines_after(path: Path, start_step: int) -> None:
     """Steps after the checkpoint will be run, and logged, again."""
     if path.exists():
@@ -114,7 +160,7 @@ def _start_wandb(config: TrackerConfig, run_folder: Path, resolved_config: dict[
     try:
         import wandb  # here: half a second that jobs and ranks without it need not wait
 
-        settings = wandb.Settings(silent=True, init_timeout=20)
+        settings = wandb.Settings(silent=True, init_timeout=20, finish_timeout=config.finish_seconds, finish_timeout_raises=True)
         return wandb.init(project=config.project, name=run_folder.name, id=_run_id(run_folder), resume="allow", dir=str(run_folder),
                           config=resolved_config, mode=mode, settings=settings)
     except Exception as error:

@@ -108,7 +108,7 @@ def test_a_wandb_outage_is_said_once_and_stops_nothing(tmp_path, monkeypatch, ca
     for step in (1, 2, 3):
         t.log(step, {"loss": 1.0, "note": "text", "ranks": [1]})
     t.close()
-    assert run.lines == [(1, {"loss": 1.0})] and not run.finished
+    assert run.lines == [(1, {"loss/total": 1.0})] and not run.finished
     assert [line["step"] for line in strict_lines(tmp_path)] == [1, 2, 3]
     assert capsys.readouterr().err.count("network is down") == 1
 
