@@ -22,8 +22,11 @@ from gpr_dist.rl.rewards import RewardScale
 from gpr_dist.rl.rollout import Sampler
 from gpr_dist.schema import Batch
 from gpr_dist.training import checkpoint
-from gpr_dist.training.loop import FitConfig, Progress, memory_bytes, report_nonfinite, run_validation, save_checkpoint, stop_requested
+from gpr_dist.training.alerts import Alerts
+from gpr_dist.training.loop import FitConfig, Progress, give_alerts, report_nonfinite, run_validation, save_checkpoint, stop_requested
+from gpr_dist.training.profile import profiled
 from gpr_dist.training.schedule import learning_rate
+from gpr_dist.training.step_metrics import rank_metrics
 from gpr_dist.training.tracker import Tracker
 
 
@@ -59,11 +62,11 @@ def fit_hepo(parts: Parts, loader: Loader, config: HepoFitConfig, run: Path, tra
     if guards.stopped:
         tracker.say(f"stopped at step {progress.step} by {guards.stopped}; raise that limit to go on")
         return progress
-    num_steps, skipped_in_a_row, old = config.schedule.num_steps, 0, None
+    num_steps, skipped_in_a_row, old, alerts = config.schedule.num_steps, 0, None, Alerts(config.alerts)
     if validate and not progress.step and config.validate_every_steps:
         _log_start(parts, validate, tracker)
     engine.train()
-    with stop_requested() as stop:
+    with stop_requested() as stop, profiled(config.profile, run, engine.rank, progress.step) as step_profiled:
         steps = iter(loader) if progress.step < num_steps else iter(())
         for step in range(progress.step, num_steps):
             started = time.perf_counter()
@@ -72,8 +75,14 @@ def fit_hepo(parts: Parts, loader: Loader, config: HepoFitConfig, run: Path, tra
             fresh = step % refresh == 0 or old is None
             if fresh and refresh > 1:
                 old = engine.copy_weights()
-            outcome = hepo_step(parts, data, step, None if fresh else old, scale, guards, learning_rate(config.schedule, step), stop())
-            _count(progress, outcome, time.perf_counter() - started)
+            outcome = hepo_step(parts, data, step, None if fresh else old, scale, guards, learning_rate(config.schedule, step), stop(),
+                                waited)
+            step_profiled()
+            elapsed = time.perf_counter() - started
+            _count(progress, outcome, elapsed)
+            if outcome.applied:
+                give_alerts(alerts, tracker, progress.step, outcome.metrics["loss"], outcome.candidates / elapsed, outcome.facts_WF,
+                            elapsed)
             if not outcome.applied:
                 skipped_in_a_row += 1
                 report_nonfinite(engine, data, outcome.bad_ranks, run, step, tracker)
@@ -84,8 +93,7 @@ def fit_hepo(parts: Parts, loader: Loader, config: HepoFitConfig, run: Path, tra
                 skipped_in_a_row = 0
             finished = progress.step == num_steps
             if progress.step % config.log_every_steps == 0 or finished or guards.stopped:
-                tracker.log(progress.step, outcome.metrics | {"loader_wait_s": waited, "skipped_steps": progress.skipped,
-                                                              "memory_gib": memory_bytes() / 2**30})
+                tracker.log(progress.step, outcome.metrics | {"skipped_steps": progress.skipped, **rank_metrics(outcome.facts_WF)})
             m = outcome.metrics
             tracker.advance(progress.step, reward=f"{m['reward']:.4g}", loss=f"{m['loss']:.3f}", cand_s=f"{m['candidates_per_s']:.0f}")
             leaving = finished or bool(guards.stopped)

@@ -27,6 +27,7 @@ from gpr_dist.rl.rollout import Rollout, Sampler
 from gpr_dist.schema import Batch
 from gpr_dist.training.engine import Engine
 from gpr_dist.training.loop import Objective, Weighing, sample_targets
+from gpr_dist.training.step_metrics import RANK_FACTS, own_clock, rank_facts
 
 # N candidates, by request  R requests  L levels
 
@@ -60,15 +61,20 @@ class StepOutcome:
     metrics: dict[str, float]
     applied: bool
     stop: bool
-    bad_ranks: list[int]
+    facts_WF: Tensor  # of `rank_facts`
     rows: int
     tokens: int
     candidates: int
 
+    @property
+    def bad_ranks(self) -> list[int]:
+        """Ranks whose loss or gradient was not finite."""
+        return self.facts_WF[:, 0].nonzero().flatten().tolist()
+
 
 def hepo_step(parts: Parts, data: Step, step: int, old: list[Tensor] | None, scale: RewardScale, guards: Guards, lr: float,
-              stop: bool) -> StepOutcome:
-    """Args: old: weights of pi_old; None = they are the current ones. scale, guards: take the step in. Collective."""
+              stop: bool, waited: float = 0.0) -> StepOutcome:
+    """Args: old: weights of pi_old; None = they are the current ones. scale, guards: take the step in. waited: s, for data. Collective."""
     engine, config, started = parts.engine, parts.config, parts.clock()
     guarded = guards.is_due(step)
     rolled = _roll_out(parts, data, step, old, guarded or config.kl_weight > 0 or config.algorithm == "dpo")
@@ -80,6 +86,7 @@ def hepo_step(parts: Parts, data: Step, step: int, old: list[Tensor] | None, sca
         scale.update(facts["counted_value"] / candidates, facts["variance"] / groups)
 
     sums: dict[str, Tensor] = {}
+    working = own_clock(engine)
     exposure_G = torch.zeros_like(parts.group_of_item_M[:0], dtype=torch.float64)
     for one in rolled:
         output = engine(one.rollout.batch, task="policy")
@@ -101,13 +108,15 @@ def hepo_step(parts: Parts, data: Step, step: int, old: list[Tensor] | None, sca
         stabiliser += share.loss.detach().double()
     _add(sums, {"stabiliser_loss": stabiliser})
 
-    names, flags = list(sums), torch.zeros(engine.world_size, dtype=torch.float64)
+    names = list(sums)
     values = torch.stack([sums[name].cpu() for name in names])
-    flags[engine.rank] = float(not (engine.gradients_are_finite() and bool(values.isfinite().all())))
-    reduced = engine.all_reduce(torch.cat([values, flags, torch.tensor([float(stop)], dtype=torch.float64), exposure_G.cpu()])).cpu()
+    bad = not (engine.gradients_are_finite() and bool(values.isfinite().all()))
+    mine = rank_facts(engine, bad, own_clock(engine) - working, waited)
+    reduced = engine.all_reduce(torch.cat([values, mine, torch.tensor([float(stop)], dtype=torch.float64), exposure_G.cpu()])).cpu()
     found = dict(zip(names, reduced[:len(names)].tolist(), strict=True))
-    flags, stop_sum, exposure_G = reduced[len(names):].split([engine.world_size, 1, len(exposure_G)])
-    grad_norm, applied = engine.step(lr, apply=not flags.any())
+    everyones, stop_sum, exposure_G = reduced[len(names):].split([len(mine), 1, len(exposure_G)])
+    facts_WF = everyones.view(-1, len(RANK_FACTS))
+    grad_norm, applied = engine.step(lr, apply=not facts_WF[:, 0].any())
     seconds = parts.clock() - started
     metrics = _metrics(found, facts, config, candidates, groups) | weighing_metrics | {
         "grad_norm": grad_norm, "lr": lr, "rollout_s": rolled_s, "update_s": seconds - rolled_s, "seconds": seconds,
@@ -117,7 +126,7 @@ def hepo_step(parts: Parts, data: Step, step: int, old: list[Tensor] | None, sca
                    if name.startswith("guard/") and name != "guard/requests"}
         checked["group_share"] = float(exposure_G.max() / exposure_G.sum().clamp_min(1e-12))
         metrics |= {f"guard/{name}": value for name, value in guards.check(checked).items()}
-    return StepOutcome(metrics, applied, bool(stop_sum), flags.nonzero().flatten().tolist(), int(facts["rows"]), int(facts["tokens"]),
+    return StepOutcome(metrics, applied, bool(stop_sum), facts_WF, int(facts["rows"]), int(facts["tokens"]),
                        int(facts["sampled"]))
 
 

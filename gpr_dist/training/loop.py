@@ -6,7 +6,6 @@ stop requests → finite check → optimizer step → log → validate → save.
 
 import contextlib
 import json
-import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -26,12 +25,25 @@ from gpr_dist.model.gpr import GPRConfig
 from gpr_dist.ops.noise import hashed_uniform
 from gpr_dist.schema import Batch
 from gpr_dist.training import checkpoint
+from gpr_dist.training.alerts import AlertConfig, Alerts
 from gpr_dist.training.checkpoint import CheckpointConfig
 from gpr_dist.training.engine import Engine
+from gpr_dist.training.profile import ProfileConfig, profiled
 from gpr_dist.training.schedule import ScheduleConfig, learning_rate
+from gpr_dist.training.spikes import Tracer
+from gpr_dist.training.step_metrics import (
+    KINDS,
+    RANK_FACTS,
+    losses_by_kind,
+    losses_by_place,
+    own_clock,
+    rank_facts,
+    rank_metrics,
+    sum_by_kind,
+)
 from gpr_dist.training.tracker import Tracker
 
-# P MTP heads  L levels
+# P MTP heads  L levels  N targets  K kinds of targets  W ranks  F facts of a rank
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -55,6 +67,10 @@ class FitConfig(Config):
     """what to do when a loss or gradient is not finite: stop the run, or drop that step's update"""
     max_skipped_steps: int = 10
     """skip: this many dropped updates in a row stop the run"""
+    alerts: AlertConfig = AlertConfig()
+    """what is said to a person watching"""
+    profile: ProfileConfig = ProfileConfig()
+    """steps recorded by torch.profiler"""
 
 
 @dataclass
@@ -66,6 +82,7 @@ class LossShare:
     count_P: Tensor  # float64 targets per head
     value_loss: Tensor  # scalar, detached share of the value regression
     item_loss: Tensor  # the same of the item head, 0 without one
+    nll_N: Tensor  # -log p of each target, summed over levels, detached
 
 
 Objective = Callable[[Engine, Batch, float], LossShare]
@@ -98,7 +115,8 @@ class Progress:
 
 def fit(engine: Engine, loader: Loader, objective: Objective, config: FitConfig, model: GPRConfig, run: Path, tracker: Tracker,
         progress: Progress, save_state: dict[str, Any],
-        validate: Callable[[], dict[str, float]] | None = None, peak_flops: float = 0.0, weighing: Weighing | None = None) -> Progress:
+        validate: Callable[[], dict[str, float]] | None = None, peak_flops: float = 0.0, weighing: Weighing | None = None,
+        tracer: Tracer | None = None) -> Progress:
     """Train until `config.schedule.num_steps`, or until a stop signal, which saves and returns (collective).
 
     Args:
@@ -107,6 +125,7 @@ def fit(engine: Engine, loader: Loader, objective: Objective, config: FitConfig,
         validate: returns metrics with "validation/loss"; called on all ranks.
         peak_flops: per rank, for MFU; 0 = not reported.
         weighing: weights of the targets; its state goes into the checkpoints as "weighing". None = all count 1.
+        tracer: describes the rows of a step whose loss is a spike or not finite; None = they are not described.
     Raises: TrainingError when a loss or gradient is not finite and the policy says stop.
     """
 
@@ -114,22 +133,28 @@ def fit(engine: Engine, loader: Loader, objective: Objective, config: FitConfig,
         state = save_state | ({"weighing": weighing.state_dict()} if weighing else {})
         save_checkpoint(engine, loader, run, config.checkpoint, tracker, progress, state)
 
-    num_steps, skipped_in_a_row, saved_step = config.schedule.num_steps, 0, progress.step
+    num_steps, skipped_in_a_row, saved_step, alerts = config.schedule.num_steps, 0, progress.step, Alerts(config.alerts)
     engine.train()
-    with stop_requested() as stop:
+    with stop_requested() as stop, profiled(config.profile, run, engine.rank, progress.step) as step_profiled:
         steps = iter(loader) if progress.step < num_steps else iter(())
         for global_step in range(progress.step, num_steps):
             started = time.perf_counter()
             data = next(steps)
             waited = time.perf_counter() - started
             lr = learning_rate(config.schedule, global_step)
-            result = train_step(engine, data, objective, model, lr, stop(), config.target_share, weighing)
+            result = train_step(engine, data, objective, model, lr, stop(), config.target_share, weighing, waited)
+            step_profiled()
             progress.step = global_step + 1
             progress.rows, progress.tokens, progress.targets = (a + b for a, b in zip((progress.rows, progress.tokens, progress.targets),
                                                                                       (result.rows, result.work.tokens, result.targets),
                                                                                       strict=True))
             elapsed = time.perf_counter() - started
             progress.seconds += elapsed
+            spiked = result.applied and give_alerts(alerts, tracker, progress.step, result.loss, result.work.tokens / elapsed,
+                                                    result.facts_WF, elapsed)
+            if tracer and (spiked or not result.applied):
+                tracer.trace(engine, run, progress.step, "loss spike" if spiked else "not finite", result.batches, result.nll,
+                             result.usual_nll)
             if not result.applied:
                 progress.skipped += 1
                 skipped_in_a_row += 1
@@ -141,7 +166,7 @@ def fit(engine: Engine, loader: Loader, objective: Objective, config: FitConfig,
             else:
                 skipped_in_a_row = 0
             if progress.step % config.log_every_steps == 0 or progress.step == num_steps:
-                tracker.log(progress.step, step_metrics(engine, result, model, lr, elapsed, waited, progress, peak_flops))
+                tracker.log(progress.step, step_metrics(engine, result, model, lr, elapsed, progress, peak_flops))
             tracker.advance(progress.step, loss=f"{result.loss:.3f}", lr=f"{lr:.1e}", tok_s=f"{result.work.tokens / elapsed:.0f}")
             finished = progress.step == num_steps
             due = config.validate_every_steps and progress.step % config.validate_every_steps == 0
@@ -178,43 +203,56 @@ class StepResult:
     item_loss: float
     nll_PL: Tensor
     count_P: Tensor
+    kinds_2K: Tensor  # of `sum_by_kind`
+    facts_WF: Tensor  # of `rank_facts`
     grad_norm: float
     applied: bool
     stop: bool
-    bad_ranks: list[int]
     rows: int
     targets: int
     work: Work
     weighing: dict[str, float]  # metrics
+    batches: list[Batch]  # this rank's, as they were trained on, on the CPU
+    nll: list[Tensor]  # of the targets of each
+
+    @property
+    def bad_ranks(self) -> list[int]:
+        """Ranks whose loss or gradient was not finite."""
+        return self.facts_WF[:, 0].nonzero().flatten().tolist()
+
+    @property
+    def usual_nll(self) -> float:
+        """Mean over all targets of the step; 0 where that is not finite."""
+        return float((self.nll_PL.sum() / self.count_P.sum().clamp_min(1)).nan_to_num(0, 0, 0))
 
 
 def train_step(engine: Engine, data: Step, objective: Objective, model: GPRConfig, lr: float, stop: bool,
-               target_share: float = 1.0, weighing: Weighing | None = None) -> StepResult:
-    """One optimizer step over this rank's micro-batches (collective)."""
+               target_share: float = 1.0, weighing: Weighing | None = None, waited: float = 0.0) -> StepResult:
+    """One optimizer step over this rank's micro-batches (collective). Args: waited: s, for the data, told to the other ranks."""
     every, weighing_metrics = weighing(engine, data.micro_batches) if weighing else (data.micro_batches, {})
     sampled = [sample_targets(batch, target_share, data.epoch * 1_000_003 + data.step_in_epoch) for batch in every]
-    work = sum((work_of(batch, model.num_mtp_heads, model.ptd.intent_window) for batch in sampled), Work())
+    own_work = sum((work_of(batch, model.num_mtp_heads, model.ptd.intent_window) for batch in sampled), Work())
     batches = [batch.to(engine.device) for batch in sampled]
     counts = [sum(b.num_targets for b in every), sum(b.num_targets for b in sampled), sum(b.num_rows for b in sampled),
-              *vars(work).values()]
+              *vars(own_work).values()]
     every_target, targets, rows, *work_sums = (int(x) for x in engine.all_reduce(torch.tensor(counts, dtype=torch.float64)).tolist())
     num_targets = max(1.0, every_target * target_share)  # a step may hold no target at all: its loss is 0
     p, l = model.num_mtp_heads, model.num_levels  # noqa: E741
-    sums = torch.zeros(3 + p * l + p + 1, dtype=torch.float64, device=engine.device)
+    sums, nll, started = torch.zeros(3 + p * l + p + 2 * len(KINDS), dtype=torch.float64, device=engine.device), [], own_clock(engine)
     for batch in batches:
         share = objective(engine, batch, num_targets)
         engine.backward(share.loss)
         losses = torch.stack([part.double() for part in (share.loss.detach(), share.value_loss, share.item_loss)])
-        sums += torch.cat((losses, share.nll_PL.flatten(), share.count_P, torch.zeros_like(losses[:1])))
+        sums += torch.cat((losses, share.nll_PL.flatten(), share.count_P, sum_by_kind(batch, share.nll_N)))
+        nll.append(share.nll_N)
     bad = not (engine.gradients_are_finite() and bool(torch.isfinite(sums).all()))
-    flags = torch.zeros(engine.world_size, dtype=torch.float64)
-    flags[engine.rank] = float(bad)
-    sums[-1] = float(stop)
-    reduced = engine.all_reduce(torch.cat((sums.cpu(), flags))).cpu()
-    sums, flags = reduced[: len(sums)], reduced[len(sums) :]
-    grad_norm, applied = engine.step(lr, apply=not flags.any())
-    return StepResult(*sums[:3].tolist(), sums[3 : 3 + p * l].view(p, l), sums[3 + p * l : -1], grad_norm, applied, bool(sums[-1]),
-                      flags.nonzero().flatten().tolist(), rows, targets, Work(*work_sums), weighing_metrics)
+    facts = rank_facts(engine, bad, own_clock(engine) - started, waited, training_flops(model, own_work))
+    reduced = engine.all_reduce(torch.cat((sums.cpu(), torch.tensor([float(stop)], dtype=torch.float64), facts))).cpu()
+    losses, nll_sums, count_P, kinds_2K, stop_sum, facts = reduced.split([3, p * l, p, 2 * len(KINDS), 1, len(facts)])
+    facts_WF = facts.view(-1, len(RANK_FACTS))
+    grad_norm, applied = engine.step(lr, apply=not facts_WF[:, 0].any())
+    return StepResult(*losses.tolist(), nll_sums.view(p, l), count_P, kinds_2K, facts_WF, grad_norm, applied, bool(stop_sum), rows, targets,
+                      Work(*work_sums), weighing_metrics, sampled, nll)
 
 
 def sample_targets(batch: Batch, share: float, seed: int) -> Batch:
@@ -229,28 +267,27 @@ def sample_targets(batch: Batch, share: float, seed: int) -> Batch:
     return batch.keep_targets((hashed_uniform(key_R, 1, seed)[:, 0] < share)[batch.target_request_N])
 
 
-def step_metrics(engine: Engine, result: StepResult, model: GPRConfig, lr: float, seconds: float, waited: float, progress: Progress,
+def step_metrics(engine: Engine, result: StepResult, model: GPRConfig, lr: float, seconds: float, progress: Progress,
                  peak_flops: float) -> dict[str, Any]:
     """The line of metrics.jsonl for a step; rates are over all ranks."""
-    per_target = result.nll_PL / result.count_P.clamp_min(1)[:, None]
     metrics: dict[str, Any] = {"loss": result.loss, "value_loss": result.value_loss, "lr": lr, "grad_norm": result.grad_norm}
-    metrics |= {f"loss_head/{h + 1}": float(x) for h, x in enumerate(per_target.sum(1))}
-    metrics |= {f"loss_level/{level + 1}": float(x) for level, x in enumerate(result.nll_PL.sum(0) / result.count_P.sum().clamp_min(1))}
+    metrics |= losses_by_place(result.nll_PL, result.count_P) | losses_by_kind(result.kinds_2K)
     if model.items.has_head:
         metrics["item_loss"] = result.item_loss
-    metrics |= {"rows": result.rows, "tokens": result.work.tokens, "targets": result.targets, "seconds": seconds, "loader_wait_s": waited,
+    metrics |= {"rows": result.rows, "tokens": result.work.tokens, "targets": result.targets, "seconds": seconds,
                 "tokens_per_s": result.work.tokens / seconds, "targets_per_s": result.targets / seconds, "skipped_steps": progress.skipped,
-                "total_targets": progress.targets, "memory_gib": memory_bytes() / 2**30, **result.weighing}
+                "total_targets": progress.targets, **rank_metrics(result.facts_WF), **result.weighing}
     if peak_flops:
         metrics["mfu"] = training_flops(model, result.work) / seconds / (peak_flops * engine.world_size)
     return metrics
 
 
-def memory_bytes() -> int:
-    """Peak memory of this process: on the GPU if there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def give_alerts(alerts: Alerts, tracker: Tracker, step: int, loss: float, rate: float, facts_WF: Tensor, seconds: float) -> bool:
+    """Say what is unusual about a step. Returns: whether its loss is a spike not said before, alike on all ranks."""
+    found = alerts.step(step, loss, rate, rank_metrics(facts_WF)["loader_wait_s"], seconds)
+    for alert in found:
+        tracker.alert(step, alert.kind, alert.text)
+    return any(alert.kind == "loss_spike" for alert in found)
 
 
 def measure_peak_flops(precision: str, device: torch.device, size: int = 1024, repeats: int = 4) -> float:
@@ -308,4 +345,4 @@ def report_nonfinite(engine: Engine, data: Step, bad_ranks: list[int], run: Path
         rows = [batch.row_ids_B.tolist() for batch in data.micro_batches]
         (run / f"nonfinite-step-{step + 1:06d}-rank-{engine.rank:05d}.json").write_text(json.dumps({"micro_batches": rows}))
     tracker.log(step + 1, {"nonfinite/step": step + 1, "nonfinite/ranks": bad_ranks})
-    tracker.say(f"step {step + 1}: loss or gradient not finite on rank(s) {bad_ranks}; update dropped")
+    tracker.alert(step + 1, "not_finite", f"step {step + 1}: loss or gradient not finite on rank(s) {bad_ranks}; update dropped")

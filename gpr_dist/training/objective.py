@@ -36,6 +36,6 @@ def mtp_objective(num_heads: int, value_loss_weight: float, head_weights: tuple[
         nll_PL = torch.zeros(num_heads, nll_NL.shape[1], dtype=torch.float64, device=engine.device)
         nll_PL.index_add_(0, head_N, nll_NL.detach().double())
         count_P = torch.bincount(head_N, minlength=num_heads).double()
-        return LossShare(loss, nll_PL, count_P, value.detach(), item.detach())
+        return LossShare(loss, nll_PL, count_P, value.detach(), item.detach(), nll_NL.detach().sum(1))
 
     return share
