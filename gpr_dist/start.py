@@ -6,6 +6,7 @@ launch/pretrain.py, launch/finetune.py and launch/hepo.py are tables of contents
 import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,7 @@ from gpr_dist.training.loop import Objective, Progress, fit, measure_peak_flops
 from gpr_dist.training.plots import plot_losses
 from gpr_dist.training.tracker import Tracker
 from gpr_dist.training.value_weights import ValueWeights, open_value_weights
+from gpr_dist.training.watchdog import no_orphans, watch_progress
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -85,6 +87,7 @@ class Start:
 
 def open_job(config: PretrainConfig) -> Job:
     """Join the ranks, make data that is missing, and open every part of the job, with random weights (collective)."""
+    no_orphans()
     init_distributed(config.engine.timeout_seconds)
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     share_cpu_cores()
@@ -120,7 +123,10 @@ def open_start(job: Job) -> Start:
 
 @contextlib.contextmanager
 def open_tracker(job: Job, start: Start) -> Iterator[Tracker]:
-    """Logging, after rank 0 has written the run's config and said what begins; closed at the end, as failed after an error."""
+    """Logging, after rank 0 has written the run's config and said what begins; closed at the end, as failed after an error.
+
+    While it is open, a rank where nothing finishes for `engine.timeout_seconds` leaves.
+    """
     config, engine = job.config, job.engine
     tracker = Tracker(config.tracker, job.run, config.model_dump(mode="json"), engine.rank, config.train.schedule.num_steps,
                       start.progress.step)
@@ -131,8 +137,10 @@ def open_tracker(job: Job, start: Start) -> Iterator[Tracker]:
         begins = f"resuming {start.restored.folder}" if start.restored else f"starting {job.run}{source}"
         tracker.say(f"{begins}: {parameters:,} parameters, ZeRO-{config.engine.zero_stage} {config.engine.precision}, "
                     f"{engine.world_size} rank(s) on {engine.device.type}, {job.loader.steps_per_epoch} steps per epoch")
+    stacks = job.run / "stacks" / f"rank-{engine.rank:05d}.txt"
     try:
-        yield tracker
+        with watch_progress(config.engine.timeout_seconds, stacks, lambda: engine.last_progress):
+            yield tracker
     except BaseException:
         tracker.close(exit_code=1)  # ends the progress bar's line, so that the error has one of its own
         raise
@@ -280,12 +288,17 @@ def together(action: Callable[[], Any], only_if: bool) -> None:
 
 
 def run_job(main: Callable[[], int]) -> None:
-    """`run_cli` for jobs of many ranks: leaves without interpreter shutdown, where gloo's threads may abort and fail a good run."""
+    """`run_cli` for jobs of many ranks: leaves without interpreter shutdown, where gloo's threads may abort and fail a good run, and a
+    failed one may wait for ever for a thread of the loader or for ranks that are gone.
+    """
     code = 0
     try:
         run_cli(main)
     except SystemExit as exit_request:
         code = exit_request.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code if isinstance(code, int) else 1)

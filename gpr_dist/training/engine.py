@@ -7,6 +7,7 @@ we rely on it or work around it; tests/integration repeats each of those facts.
 import contextlib
 import importlib
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from torch import Tensor, nn  # noqa: E402
 from gpr_dist.config import Config  # noqa: E402
 from gpr_dist.errors import ConfigError  # noqa: E402
 from gpr_dist.network import interface_to, spans_hosts  # noqa: E402
+from gpr_dist.training.watchdog import COLLECTIVE_MARGIN_S  # noqa: E402
 
 STATES = ("param", "exp_avg", "exp_avg_sq")
 
@@ -53,8 +55,9 @@ class EngineConfig(Config):
     """elements per reduction and prefetch bucket; real memory on a GPU"""
     persistence_elements: int = 10_000
     """parameters smaller than this stay gathered on every rank (ZeRO-3)"""
-    timeout_seconds: float = 1800.0
-    """a collective that waits longer than this ends the run with an error"""
+    timeout_seconds: float = Field(1800.0, ge=0)
+    """when nothing (forward, backward, update, collective) finishes for so long, every rank writes its stacks to <run>/stacks and leaves;
+    collectives give up a minute later. 0 = wait for ever"""
 
     @model_validator(mode="after")
     def _check(self) -> "EngineConfig":
@@ -77,6 +80,7 @@ def init_distributed(timeout_seconds: float = 1800.0) -> None:
     """Join the process group: gloo on CPU, NCCL on CUDA; without a launcher this process is a group of its own.
 
     GLOO_SOCKET_IFNAME, if unset, becomes the interface to the other hosts.
+    Args: timeout_seconds: that of the watchdog, which ends a run that hangs before a collective does; 0 = never.
     """
     deepspeed_logger.setLevel("ERROR")
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
@@ -91,8 +95,9 @@ def init_distributed(timeout_seconds: float = 1800.0) -> None:
         # Otherwise DeepSpeed compiles a shared-memory op at start, 30 s, and a kill during that build hangs every later run.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _import_muon()
+    timeout = timedelta(seconds=timeout_seconds + COLLECTIVE_MARGIN_S) if timeout_seconds else timedelta(days=365)
     with contextlib.redirect_stdout(None):
-        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds), verbose=False)
+        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=timeout, verbose=False)
 
 
 def _import_muon() -> None:
@@ -191,11 +196,14 @@ class Engine:
         self._grad_peak = torch.zeros((), device=self.device)
         for parameter in self.module.parameters():
             parameter.register_hook(self._watch)
+        self.last_progress = time.monotonic()  # when something last finished; the watchdog looks at it
 
     # --- one step -------------------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.zero(*args, **kwargs)
+        output = self.zero(*args, **kwargs)
+        self.last_progress = time.monotonic()
+        return output
 
     def train(self, mode: bool = True) -> None:
         self.zero.train(mode)
@@ -203,6 +211,7 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of this rank's share of the step's loss; shares add up over ranks and micro-batches."""
         self.zero.backward(loss * self.world_size)  # DeepSpeed averages over ranks, our shares sum
+        self.last_progress = time.monotonic()
 
     def gradients_are_finite(self) -> bool:
         """Whether every gradient this rank computed since the last step was finite, whatever the ZeRO stage does with them later."""
@@ -220,6 +229,7 @@ class Engine:
         self.zero.step()
         self._clear_gradient_buffers()
         self._grad_peak.zero_()
+        self.last_progress = time.monotonic()
         if self.optimizer.clip_to is not None:
             norm = self.optimizer.measured_norm
         else:
@@ -246,11 +256,13 @@ class Engine:
         """Sum or maximum over ranks, as a new tensor on the engine's device (collective)."""
         values = values.to(self.device, copy=True)
         dist.all_reduce(values, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
+        self.last_progress = time.monotonic()
         return values
 
     def barrier(self) -> None:
         """Wait for all ranks (collective)."""
         dist.barrier()
+        self.last_progress = time.monotonic()
 
     # --- state ----------------------------------------------------------------------------------------------------------------
 
