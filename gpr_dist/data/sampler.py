@@ -1,16 +1,20 @@
 """Which rows go to which rank at which step: pure arithmetic over the record-batch index and the row statistics.
 
-An epoch permutes the record batches, lays their rows end to end and cuts the sequence into C equal streams. Every stream is dealt
-window by window; step s takes the same number of rows from every stream, and a rank owns a contiguous range of streams. So the rows
-of a step depend on (seed, data, global batch size) and never on the number of ranks, while a rank reads only its own streams. Every
-rank computes the plan of all ranks, because all must run the same number of forwards. Nothing here opens a shard or knows torch.
+An epoch permutes the record batches and lays their rows end to end. balance = rows: this sequence is cut into C equal streams, each is
+dealt window by window, and a step takes the same number of rows from every stream. balance = work: the sequence is cut into windows, each
+window into C streams of equal work, and a step takes equal work from every stream (`balance.py`). Either way a rank owns a contiguous
+range of streams, so the rows of a step depend on (seed, data, global batch size) and never on the number of ranks, while a rank reads
+only its own streams. Every rank computes the plan of all ranks, because all must run the same number of forwards. Nothing here opens a
+shard or knows torch.
 """
 
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
+from gpr_dist.data.balance import by_step_and_stream, cut_by_work, deal_by_rows, deal_by_work, to_lightest, work
 from gpr_dist.errors import ConfigError
 
 # S steps  C streams  W ranks  n window rows per stream  g rows per stream and step  K rows of a rank in a step
@@ -42,6 +46,8 @@ class Sampling:
     micro_batch_tokens: int
     quadratic_at: int
     """journey length, in tokens, at which attention costs as much as the rest of the layer"""
+    balance: Literal["rows", "work"] = "rows"
+    """what every stream has equally much of in a step; with `work`, a step has global_batch_size rows on average over a window"""
 
     @property
     def rows_per_stream(self) -> int:
@@ -49,13 +55,15 @@ class Sampling:
 
 
 def build_sampling(seed: int, global_batch_size: int, world_size: int, micro_batch_tokens: int, num_streams: int | None = None,
-                   shuffle_rows: int = 256, quadratic_at: int = 4096) -> Sampling:
-    """Check the sizes against each other and fill in the number of streams (the largest divisor of the batch size up to 256).
+                   shuffle_rows: int = 256, quadratic_at: int = 4096, balance: Literal["rows", "work"] = "rows") -> Sampling:
+    """Check the sizes against each other and fill in the number of streams: the largest divisor of the batch size up to 256, or to
+    balance work the largest that leaves a stream 32 rows a step (at least 2 streams).
 
     Raises: ConfigError naming the nearest valid values.
     """
     if num_streams is None:
-        num_streams = max(d for d in range(1, min(256, global_batch_size) + 1) if global_batch_size % d == 0)
+        most = 256 if balance == "rows" else max(2, global_batch_size // 32)
+        num_streams = max(d for d in range(1, min(most, global_batch_size) + 1) if global_batch_size % d == 0)
     problems = []
     if global_batch_size % world_size:
         problems.append(f"global_batch_size={global_batch_size} is not divisible by the world size {world_size}; "
@@ -72,7 +80,7 @@ def build_sampling(seed: int, global_batch_size: int, world_size: int, micro_bat
         raise ConfigError("; ".join(problems))
     step_rows = global_batch_size // num_streams
     window_rows = max(1, round(shuffle_rows / step_rows)) * step_rows
-    return Sampling(seed, global_batch_size, num_streams, window_rows, micro_batch_tokens, quadratic_at)
+    return Sampling(seed, global_batch_size, num_streams, window_rows, micro_batch_tokens, quadratic_at, balance)
 
 
 class EpochPlan:
@@ -100,12 +108,27 @@ class EpochPlan:
 
         Its first step is number * steps_per_window; the last window of an epoch may have fewer than steps_per_window.
         """
+        return self._window_of_equal_work(number) if self.sampling.balance == "work" else self._window_of_equal_rows(number)
+
+    def _window_of_equal_work(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        num_streams, size = self.sampling.num_streams, self.sampling.window_rows * self.sampling.num_streams
+        start, stop = number * size, min((number + 1) * size, int(self._bounds[-1]))
+        rows_N, tokens_N = (values[0] for values in self._rows(np.array([start]), np.array([stop - start])))
+        inside = slice(np.searchsorted(self._ends, start, side="right"), np.searchsorted(self._ends, stop, side="left"))
+        rng = np.random.default_rng([self.sampling.seed, _TAG_WINDOW, self.epoch, number])
+        num_steps = -(-len(rows_N) // self.sampling.global_batch_size)
+        work_N = work(tokens_N, self.sampling.quadratic_at)
+        stream_N = cut_by_work(work_N, np.append(self._ends[inside] - start, len(rows_N)), num_streams)
+        dealt_SCg = by_step_and_stream(deal_by_work(work_N, stream_N, num_steps, rng), stream_N, num_steps, num_streams)
+        return np.where(dealt_SCg < 0, -1, rows_N[dealt_SCg]), np.where(dealt_SCg < 0, 0, tokens_N[dealt_SCg])
+
+    def _window_of_equal_rows(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         size, step_rows = self.sampling.window_rows, self.sampling.rows_per_stream
         start = np.minimum(self._bounds[:-1] + number * size, self._bounds[1:])
         count = np.minimum(self._bounds[1:] - start, size)
         rows_Cn, tokens_Cn = self._rows(start, count)
         rng = np.random.default_rng([self.sampling.seed, _TAG_WINDOW, self.epoch, number])
-        dealt_Cn = deal(work(tokens_Cn, self.sampling.quadratic_at), count, rng, step_rows)
+        dealt_Cn = deal_by_rows(work(tokens_Cn, self.sampling.quadratic_at), count, rng, step_rows)
         missing = -rows_Cn.shape[1] % step_rows
         by_step = []
         for values_Cn, nothing in ((rows_Cn, -1), (tokens_Cn, 0)):
@@ -136,58 +159,6 @@ class EpochPlan:
         return rows_Cn, tokens_Cn
 
 
-def work(tokens: np.ndarray, quadratic_at: int) -> np.ndarray:
-    """Cost of a journey in units of one token's linear layers: T (1 + T / quadratic_at)."""
-    return tokens * (1.0 + tokens / quadratic_at)
-
-
-def deal(work_Cn: np.ndarray, count: np.ndarray, rng: np.random.Generator, step_rows: int) -> np.ndarray:
-    """Order each stream's window so that at every step every range of streams has nearly the same work.
-
-    Within a stream, rows are bundled into steps of equal work: heaviest rows first, each to the lightest step so far. Streams with
-    few rows a step are then combined in small groups, the heavy steps of one with the light steps of the other. What inequality is
-    left (journeys heavier than a fair share) is lined up, so that all groups have their heavy steps at the same time; the order of
-    steps is random. Returns: int64 [C, n], positions into the window; the incomplete last step of an epoch comes last.
-    """
-    num_streams, width = work_Cn.shape
-    dealt_Cn = np.tile(np.arange(width), (num_streams, 1))
-    num_steps = int(count.min()) // step_rows
-    if num_steps == 0:
-        return dealt_Cn
-    whole = num_steps * step_rows
-    shuffled_Cn = rng.permuted(dealt_Cn[:, :whole], axis=1)  # rows of equal work in random order
-    heaviest_first = np.argsort(-np.take_along_axis(work_Cn, shuffled_Cn, 1), axis=1, kind="stable")
-    ranked_Cgm = np.take_along_axis(shuffled_Cn, heaviest_first, 1).reshape(num_streams, step_rows, num_steps)
-    bundles_Cgm = np.empty_like(ranked_Cgm)
-    load_Cm = np.zeros((num_streams, num_steps))
-    for ranked_Cm, bundle_Cm in zip(ranked_Cgm.swapaxes(0, 1), bundles_Cgm.swapaxes(0, 1), strict=True):
-        lightest_first = np.argsort(load_Cm, axis=1, kind="stable")
-        np.put_along_axis(bundle_Cm, lightest_first, ranked_Cm, 1)
-        load_Cm += np.take_along_axis(work_Cn, bundle_Cm, 1)
-    order_Cm = _line_up(load_Cm, _group_size(step_rows))[:, rng.permutation(num_steps)]
-    dealt_Cn[:, :whole] = np.take_along_axis(bundles_Cgm, order_Cm[:, None, :], 2).swapaxes(1, 2).reshape(num_streams, whole)
-    return dealt_Cn
-
-
-def _line_up(load_Cm: np.ndarray, group: int) -> np.ndarray:
-    """Order of each stream's steps, int64 [C, m]: within a group loads even out, and every group goes from light to heavy."""
-    order_Cm = np.argsort(load_Cm, axis=1, kind="stable")
-    load_Um = np.take_along_axis(load_Cm, order_Cm, 1)
-    unit_C = np.arange(len(load_Cm))
-    size = 1
-    while size < group and len(load_Um) > 1:
-        second_C = unit_C % 2 == 1
-        order_Cm[second_C] = order_Cm[second_C, ::-1]
-        load_Um[1::2] = load_Um[1::2, ::-1]
-        load_Um = np.add.reduceat(load_Um, np.arange(0, len(load_Um), 2), axis=0)
-        unit_C = unit_C // 2
-        lightest_first = np.argsort(load_Um, axis=1, kind="stable")
-        load_Um = np.take_along_axis(load_Um, lightest_first, 1)
-        order_Cm = np.take_along_axis(order_Cm, lightest_first[unit_C], 1)
-        size *= 2
-    return order_Cm
-
-
 def owned_streams(num_streams: int, world: World) -> slice:
     """The contiguous range of streams a rank reads."""
     return slice(world.rank * num_streams // world.size, (world.rank + 1) * num_streams // world.size)
@@ -208,15 +179,17 @@ def pack_steps(rows_SCg: np.ndarray, tokens_SCg: np.ndarray, world: World, micro
     tokens_SWK = np.zeros((num_steps, *slots_WK.shape), np.int64)
     tokens_SWK[:, slots_WK] = tokens_SCg.reshape(num_steps, -1)
     longest_first_SWK = -np.sort(-tokens_SWK, axis=2)
+    longest_first_SWK = longest_first_SWK[:, :, :int((longest_first_SWK > 0).sum(2).max())]
     num_bins_S = _fewest_bins(longest_first_SWK, micro_batch_tokens)
     bins_SK = np.zeros((num_steps, per_rank[world.rank]), np.int64)  # of this rank
     packed_S = np.zeros(num_steps, bool)
     while not packed_S.all():
         num_bins = num_bins_S[~packed_S].min()
         steps = np.flatnonzero(~packed_S & (num_bins_S == num_bins))
-        bins_XK, fits_X = spread(longest_first_SWK[steps].reshape(-1, slots_WK.shape[1]), num_bins, micro_batch_tokens, quadratic_at)
+        bins_XK, fits_X = spread(np.concatenate(longest_first_SWK[steps]), num_bins, micro_batch_tokens, quadratic_at)
         fits = fits_X.reshape(len(steps), -1).all(1)
-        bins_SK[steps] = bins_XK.reshape(len(steps), *slots_WK.shape)[:, world.rank, :bins_SK.shape[1]]
+        most = min(bins_SK.shape[1], bins_XK.shape[1])
+        bins_SK[steps, :most] = bins_XK.reshape(len(steps), world.size, -1)[:, world.rank, :most]
         packed_S[steps] = fits
         num_bins_S[steps[~fits]] += max(1, num_bins // 32)
     mine = owned_streams(num_streams, world)
@@ -230,32 +203,20 @@ def pack_steps(rows_SCg: np.ndarray, tokens_SCg: np.ndarray, world: World, micro
 
 
 def spread(tokens_XK: np.ndarray, num_bins: int, budget: int, quadratic_at: int) -> tuple[np.ndarray, np.ndarray]:
-    """Deal the rows of every rank and step X to bins of nearly equal work.
+    """Deal the rows of every rank and step X to bins of nearly equal work, the longest row first, each to the lightest bin.
 
     Args: tokens_XK: longest first; 0 where there is no row. A row longer than the budget gets a bin of its own.
     Returns: bin of every row, int64 [X, K], and whether all bins keep the token budget, bool [X]; where not, the bins mean nothing.
     """
-    num_rows = tokens_XK.shape[1]
-    bins_XK, fits_X = np.zeros(tokens_XK.shape, np.int64), np.ones(len(tokens_XK), bool)
-    too_long_X = (tokens_XK > budget).sum(1)
-    for too_long in np.unique(too_long_X):
-        these = np.flatnonzero(too_long_X == too_long)
-        shared = num_bins - too_long  # bins for the rows that can share one
-        if shared <= 0:
-            fits_X[these] = (shared == 0) & ~tokens_XK[these, too_long:].any(1)
-            bins_XK[these, :too_long] = np.arange(too_long)
-            continue
-        bins_XK[these, :too_long] = shared + np.arange(too_long)
-        tokens, load = tokens_XK[these, too_long:], np.zeros((len(these), shared))
-        row_work, bins, flat_load = work(tokens, quadratic_at), np.zeros(tokens.shape, np.int64), load.reshape(-1)
-        first_bin = shared * np.arange(len(these))[:, None]
-        for start in range(0, num_rows - too_long, shared):  # one row for each bin: the longest to the lightest
-            lightest = load.argsort(axis=1, kind="stable")[:, :num_rows - too_long - start] + first_bin
-            flat_load[lightest] += row_work[:, start:start + shared]  # a bin appears once per X
-            bins[:, start:start + shared] = lightest
-        fits_X[these] = np.bincount(bins.ravel(), tokens.ravel(), load.size).reshape(load.shape).max(1) <= budget
-        bins_XK[these, too_long:] = bins - first_bin
-    return bins_XK, fits_X
+    too_long_XK = tokens_XK > budget
+    shared_X = num_bins - too_long_XK.sum(1)  # bins for the rows that can share one; the others follow
+    shared_tokens_XK = np.where(too_long_XK, 0, tokens_XK)
+    load_XP = np.where(np.arange(num_bins) < shared_X[:, None], 0.0, np.inf)
+    bins_XK, _ = to_lightest(work(shared_tokens_XK, quadratic_at), load_XP)
+    bins_XK = np.where(too_long_XK, shared_X[:, None] + np.arange(tokens_XK.shape[1]), bins_XK)
+    flat_XK = np.arange(len(tokens_XK))[:, None] * num_bins + np.clip(bins_XK, 0, num_bins - 1)
+    used_XP = np.bincount(flat_XK.ravel(), shared_tokens_XK.ravel(), load_XP.size).reshape(load_XP.shape)
+    return bins_XK, (used_XP <= budget).all(1) & ((shared_X > 0) | (shared_X == 0) & ~shared_tokens_XK.any(1))
 
 
 def _fewest_bins(tokens_SWK: np.ndarray, budget: int) -> np.ndarray:
@@ -273,15 +234,6 @@ def pack_in_order(num_tokens: np.ndarray, budget: int) -> np.ndarray:
         used = ends[bounds[-1] - 1] if bounds[-1] else 0
         bounds.append(max(bounds[-1] + 1, int(np.searchsorted(ends, used + budget, side="right"))))
     return np.array(bounds)
-
-
-_GROUP_ROWS = 8
-"""Rows a group of streams takes per step at least. Fewer would make whole steps of long or of short journeys; more leaves ranks that
-own only a part of a group unequal work."""
-
-
-def _group_size(step_rows: int) -> int:
-    return max(1, 2 ** int(np.ceil(np.log2(_GROUP_ROWS / step_rows))))
 
 
 def _divisors(number: int) -> list[int]:
