@@ -25,6 +25,7 @@ from data_pipeline.embeddings import SENTENCE_ENCODER, TextConfig, TextSVD, clea
 from data_pipeline.journeys import SPLITS
 from data_pipeline.shards import iter_record_batches
 from data_pipeline.user_texts import TemplateConfig, describe_template, first_ad_times, write_texts
+from data_pipeline.users import UserIds, open_users
 from gpr_dist.config import Config
 from gpr_dist.errors import DataError
 from gpr_dist.hashing import hash_strings
@@ -45,6 +46,8 @@ class GivenTextsConfig(Config):
     """.parquet, .arrow/.feather/.ipc or .csv, one row per user, or per user and moment"""
     user_column: str = "user_id"
     """ids as in the logs"""
+    salt: Path | None = None
+    """file with the salt of the data's user ids; none = environment variable GPR_USER_SALT, else <data>/user_salt"""
     columns: tuple[str, ...] = ("text",)
     """m columns: texts, each encoded, or lists of E floats, used as they are"""
     as_of_column: str | None = None
@@ -104,10 +107,13 @@ def build_knowledge(config: BuildKnowledgeConfig) -> KnowledgeManifest:
     out, manifests = config.out, _manifests(config.data)
     out.mkdir(parents=True, exist_ok=True)
     given = config.given
-    if config.template:
+    users = UserIds(None)  # the template's texts have the ids of the shards
+    if given:
+        users = open_users(config.data, given.salt)
+    else:
         write_texts(config.data, config.template, out / TEXTS)
         given = GivenTextsConfig(path=out / TEXTS, columns=config.template.aspects, as_of_column="as_of")
-    index = _Index.read(given)
+    index = _Index.read(given, users)
     if not index.num_texts:
         raise DataError(f"{given.path} has no row: nothing is known of any user")
     rows = {}
@@ -189,12 +195,15 @@ class _Index:
         return len(self.keys)
 
     @classmethod
-    def read(cls, given: GivenTextsConfig) -> "_Index":
-        """Raises: DataError for rows without a user or time, and for a user with two texts of one time."""
+    def read(cls, given: GivenTextsConfig, ids: UserIds) -> "_Index":
+        """Args: ids: makes the stored ids of those in the file.
+
+        Raises: DataError for rows without a user or time, and for a user with two texts of one time.
+        """
         hashes, as_of = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
         wanted = [given.user_column] + ([given.as_of_column] if given.as_of_column else [])
         for batch in iter_texts(given, wanted):
-            hashes.append(hash_strings(batch.column(given.user_column).cast(pa.string())))
+            hashes.append(hash_strings(ids.stored(batch.column(given.user_column).cast(pa.string()))))
             if given.as_of_column:
                 as_of.append(_seconds(batch.column(given.as_of_column), given))
         hash_K, as_of_K = np.concatenate(hashes), np.concatenate(as_of)

@@ -45,7 +45,7 @@ class UserIds:
     def stored(self, ids: Strings) -> pa.Array:
         """Strings [n], null where there is none. A distinct id costs about 1 µs, a repeated one a lookup."""
         if isinstance(ids, pa.ChunkedArray):
-            ids = pa.concat_arrays([self.stored(chunk) for chunk in ids.chunks]) if ids.num_chunks else pa.array([], pa.string())
+            return pa.concat_arrays([self.stored(chunk) for chunk in ids.chunks]) if ids.num_chunks else pa.array([], pa.string())
         if self.key is None:
             return ids.cast(pa.string())
         encoded = ids if pa.types.is_dictionary(ids.type) else ids.dictionary_encode()

@@ -19,6 +19,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from data_pipeline.synthetic import Truth
+from data_pipeline.users import open_users
 from gpr_dist.config import Config, build_config, parse_cli
 from gpr_dist.data.eligibility import Eligibility
 from gpr_dist.data.loader import LoaderConfig, OnePass, iter_once
@@ -170,9 +171,10 @@ def open_market(truth: Truth, requests: Requests, data: Path) -> Market:
     log = requests.log
     logged = truth.requests(int(log.request_time_R.min()), int(log.request_time_R.max()) + 1)
     user_R = pa.array(log.user_ids[log.request_user_R], pa.string())
-    users = pc.unique(pa.concat_arrays([logged.user_id, user_R]))
+    stored = open_users(data).stored(logged.user_id)
+    users = pc.unique(pa.concat_arrays([stored, user_R]))
     keys = [pc.index_in(user, users).to_numpy().astype(np.int64) * (1 << 40) + time
-            for user, time in ((logged.user_id, logged.time), (user_R, log.request_time_R))]
+            for user, time in ((stored, logged.time), (user_R, log.request_time_R))]
     order = np.argsort(keys[0], kind="stable")
     place = order[np.minimum(np.searchsorted(keys[0][order], keys[1]), len(order) - 1)]
     if not np.array_equal(keys[0][place], keys[1]):

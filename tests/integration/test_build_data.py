@@ -334,7 +334,7 @@ def test_items_and_users_listed_twice(logs, tmp_path):
     make_logs(tmp_path / "logs")
     users = pq.read_table(tmp_path / "logs" / "users.parquet")
     pq.write_table(pa.concat_tables([users, users.slice(0, 1)]), tmp_path / "logs" / "users.parquet")
-    with pytest.raises(DataError, match="user '[0-9a-f]{32}' .as stored. is listed 2 times"):
+    with pytest.raises(DataError, match=r"user '[0-9a-f]{32}' \(as stored\) is listed 2 times"):
         build_data(config(tmp_path / "logs", tmp_path / "data"))
 
 

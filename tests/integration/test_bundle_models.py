@@ -18,6 +18,7 @@ from test_hand_off import CONTEXT, call, lines_of
 
 from data_pipeline.history import build_history
 from data_pipeline.knowledge import BuildKnowledgeConfig, build_knowledge
+from data_pipeline.users import open_users
 from gpr_dist.config import build_config
 from gpr_dist.data.eligibility import Eligibility
 from gpr_dist.data.knowledge import KnowledgeVectors
@@ -96,6 +97,7 @@ def asked(tiny, job):
             if kind == "ad":
                 event |= {"action": "click", "value": row["ecpm"], "env": {"slot": row["slot"]}}
             events.setdefault(row["uid"], []).append(event)
+    raw = dict(zip(open_users(tiny / "data").stored(pa.array(list(events))).to_pylist(), events, strict=True))  # stored id -> of the logs
     reader = ShardReader(tiny / "data" / "shards" / "test")
     vectors = KnowledgeVectors(job.data.knowledge, reader.manifest) if job.data.knowledge else None
     requests = []
@@ -104,8 +106,8 @@ def asked(tiny, job):
             kind = np.array(row["token_type"])
             first_ad = row["num_context"] + int(np.flatnonzero(kind[row["num_context"]:] == TokenType.I)[0])
             now = row["timestamp"][first_ad]
-            slot = next(e["env"]["slot"] for e in events[row["user_id"]] if e["type"] == "ad" and e["time"] == now)
-            request = {"user": row["user_id"], "time": now, "env": {"slot": slot}, "history": events[row["user_id"]], "k": K}
+            slot = next(e["env"]["slot"] for e in events[raw[row["user_id"]]] if e["type"] == "ad" and e["time"] == now)
+            request = {"user": raw[row["user_id"]], "time": now, "env": {"slot": slot}, "history": events[raw[row["user_id"]]], "k": K}
             if vectors is not None:
                 request["knowledge"] = vectors.gather(np.array([len(requests)]))[0].tolist()
             requests.append(request)

@@ -18,6 +18,7 @@ from journeys_fixture import stored_rows
 from ranks import ROOT, run_ranks
 
 from data_pipeline.history import build_history
+from data_pipeline.users import open_users
 from gpr_dist.bundle import MANIFEST, WEIGHTS, read_manifest
 from gpr_dist.data.collate import collate
 from gpr_dist.data.eligibility import Eligibility
@@ -104,6 +105,7 @@ def asked(tiny):
             if kind == "ad":
                 event |= {"action": "click", "value": row["ecpm"], "env": {"slot": row["slot"]}}
             events.setdefault(row["uid"], []).append(event)
+    raw = dict(zip(open_users(tiny / "data").stored(pa.array(list(events))).to_pylist(), events, strict=True))  # stored id -> of the logs
     reader = ShardReader(tiny / "data" / "shards" / "test")
     requests, sites = [], []
     for number in range(reader.num_batches):
@@ -111,8 +113,9 @@ def asked(tiny):
             kind = np.array(row["token_type"])
             first_ad = row["num_context"] + int(np.flatnonzero(kind[row["num_context"]:] == TokenType.I)[0])
             now = row["timestamp"][first_ad]
-            slot = next(e["env"]["slot"] for e in events[row["user_id"]] if e["type"] == "ad" and e["time"] == now)
-            requests.append({"user": row["user_id"], "time": now, "env": {"slot": slot}, "history": events[row["user_id"]], "k": K})
+            slot = next(e["env"]["slot"] for e in events[raw[row["user_id"]]] if e["type"] == "ad" and e["time"] == now)
+            user = raw[row["user_id"]]
+            requests.append({"user": user, "time": now, "env": {"slot": slot}, "history": events[user], "k": K})
             sites.append((len(requests) - 1, first_ad))
     return requests, sites
 

@@ -15,6 +15,7 @@ from small_market import ROOT, ad_log, small_market
 from data_pipeline.build import BuildConfig, build_data
 from data_pipeline.market.ipinyou import compare, market_auctions, real_auctions, relative_quantiles
 from data_pipeline.synthetic import make_market
+from data_pipeline.users import open_users
 from gpr_dist.config import build_config, load_config
 from gpr_dist.errors import DataError
 from gpr_dist.schema import Action, ShardManifest, TokenType
@@ -73,7 +74,8 @@ def test_build_data_reads_the_logs_end_to_end(raw, built):
                                  *(row[name][position] for name in ("value", "pctr", "pcvr"))))
     action = pl.lit(int(Action.IMPRESSION)) + pl.col("clicked").cast(pl.Int32) + pl.col("converted").cast(pl.Int32)
     logged = log.select("user_id", "time", "ad_id", action, "ecpm", "pctr", "pcvr")
-    assert sorted(seen) == sorted(logged.iter_rows())
+    stored = open_users(built).stored(logged["user_id"].to_arrow()).to_pylist()
+    assert sorted(seen) == sorted((user, *rest) for user, (_, *rest) in zip(stored, logged.iter_rows(), strict=True))
 
 
 def test_the_launch_script(tmp_path, capsys, monkeypatch):

@@ -45,7 +45,7 @@ def build(folder, events, split=("1970-03-01", "1970-04-01"), users=None):
     items_table = {"path": str(folder / "items.parquet"), "item_id": "id", "text": ["text"]}
     users_table = {"path": str(folder / "users.parquet"), "user_id": "id", "features": {"age": "age", "household": "size"}}
     config = {"source": {"format": "files", "logs": logs, "items": items_table, "users": users_table},
-              "out": str(folder / "data"), "shards": {"rows_per_batch": 3}, "min_buckets": 2,
+              "out": str(folder / "data"), "users": {"ids": "plain"}, "shards": {"rows_per_batch": 3}, "min_buckets": 2,
               "journeys": {"max_tokens": 16, "context_tokens": 8, "max_organic_per_block": 6,
                            "split": {"validation_from": split[0], "test_from": split[1]}}}
     (folder / "build.yaml").write_text(yaml.safe_dump(config))
