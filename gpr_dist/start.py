@@ -5,6 +5,8 @@ launch/pretrain.py, launch/finetune.py and launch/hepo.py are tables of contents
 
 import contextlib
 import os
+import platform
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -49,6 +51,7 @@ from gpr_dist.training.engine import Engine, init_distributed
 from gpr_dist.training.init_from import init_from
 from gpr_dist.training.loop import Objective, Progress, fit, measure_peak_flops
 from gpr_dist.training.plots import plot_losses
+from gpr_dist.training.spikes import Tracer
 from gpr_dist.training.tracker import Tracker
 from gpr_dist.training.value_weights import ValueWeights, open_value_weights
 from gpr_dist.training.watchdog import no_orphans, watch_progress
@@ -134,6 +137,8 @@ def open_tracker(job: Job, start: Start) -> Iterator[Tracker]:
         write_atomic(job.run / "config.yaml", to_yaml(config).encode())
         parameters = sum(count_parameters(config.model).values())
         source = f" from {start.origin['source']}" if start.origin else ""
+        tracker.event(start.progress.step, "resume" if start.restored else "start", commit=commit(), world_size=engine.world_size,
+                      device=engine.device.type, host=platform.node(), num_steps=config.train.schedule.num_steps, parameters=parameters)
         begins = f"resuming {start.restored.folder}" if start.restored else f"starting {job.run}{source}"
         tracker.say(f"{begins}: {parameters:,} parameters, ZeRO-{config.engine.zero_stage} {config.engine.precision}, "
                     f"{engine.world_size} rank(s) on {engine.device.type}, {job.loader.steps_per_epoch} steps per epoch")
@@ -141,9 +146,14 @@ def open_tracker(job: Job, start: Start) -> Iterator[Tracker]:
     try:
         with watch_progress(config.engine.timeout_seconds, stacks, lambda: engine.last_progress):
             yield tracker
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, CheckpointError):
+            tracker.alert(start.progress.step, "checkpoint_failed", str(error))
+        tracker.event(start.progress.step, "end", status="failed", error=f"{type(error).__name__}: {error}")
         tracker.close(exit_code=1)  # ends the progress bar's line, so that the error has one of its own
         raise
+    finished = start.progress.step == config.train.schedule.num_steps
+    tracker.event(start.progress.step, "end", status="finished" if finished else "stopped")
     tracker.close()
 
 
@@ -170,7 +180,7 @@ def run_fit(job: Job, objective: Objective, value_weights: ValueWeights | None =
             tracker.say(f"no validation: {split_shards(config.data)['validation']} does not exist or has no targets")
         peak = measure_peak_flops(config.engine.precision, engine.device)
         fit(engine, job.loader, objective, config.train, config.model, job.run, tracker, start.progress, checkpoint_facts(job, start),
-            validate, peak, value_weights)
+            validate, peak, value_weights, open_tracer(job))
     if engine.rank == 0:
         print(f"run folder: {job.run}\nloss curves: {plot_losses(job.run)}", flush=True)
     engine.close()
@@ -188,6 +198,21 @@ def open_validation(job: Job, objective: Objective) -> Callable[[], dict[str, fl
     catalogue = open_catalogue(job.semantic_ids, job.eligibility, np.load(path, allow_pickle=False), engine.device)
     return build_validation(engine, shards["validation"], catalogue, objective, config.validation, config.data.loader,
                             config.model.num_mtp_heads, job.legal, config.data.softmax, config.data.knowledge, job.candidates, job.past)
+
+
+def open_tracer(job: Job) -> Tracer:
+    """What describes the rows of a step whose loss is unusual."""
+    return Tracer(job.loader.reader, job.config.data.folder / "catalogue" / "catalogue.arrow")
+
+
+def commit() -> str | None:
+    """Of this code, with a + where files differ from it; none outside a git checkout."""
+    if not (ROOT / ".git").exists():
+        return None
+    with contextlib.suppress(OSError):  # no git here
+        told = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=12"], capture_output=True, text=True)
+        return told.stdout.strip() or None
+    return None
 
 
 def open_vaft(job: Job, config: VaftConfig) -> ValueWeights:

@@ -5,7 +5,6 @@ after its checkpoint. events.jsonl only grows: every start, end, checkpoint and 
 """
 
 import contextlib
-import io
 import json
 import math
 import netrc
@@ -66,11 +65,14 @@ class Tracker:
         self._to_wandb(lambda run: run.log(grouped, step=step))
 
     def event(self, step: int, event: str, **facts: Any) -> None:
-        """Record what happened to the run: a start, an end, a checkpoint. Facts are JSON values."""
-        if self._events is not None:
-            line = {"time": round(time.time(), 3), "step": step, "event": event, **{k: _finite_or_name(v) for k, v in facts.items()}}
-            self._events.write(json.dumps(line) + "\n")
-            self._events.flush()
+        """Record what happened to the run: a start, an end, an alert. Facts are JSON values. On a full disk only a line says so."""
+        if self._events is None:
+            return
+        line = {"time": round(time.time(), 3), "step": step, "event": event, **{k: _finite_or_name(v) for k, v in facts.items()}}
+        try:
+            self._events.write(json.dumps(line).encode() + b"\n")
+        except OSError as error:  # often the last words of a run that ends for that very reason
+            self.say(f"{EVENTS} could not be written ({error}): {line}")
 
     def alert(self, step: int, kind: str, text: str) -> None:
         """Something a person must look at: a WARNING line, an event, and W&B's alert, of each kind one in ten minutes."""
@@ -134,14 +136,14 @@ def read_events(run_folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _open_to_append(path: Path) -> IO[str]:
-    """After a crash in the middle of a line the next one begins on a line of its own."""
-    file = open(path, "a+b")  # noqa: SIM115  lives as long as the run
+def _open_to_append(path: Path) -> IO[bytes]:
+    """Unbuffered. After a crash in the middle of a line the next one begins on a line of its own."""
+    file = open(path, "a+b", buffering=0)  # noqa: SIM115  lives as long as the run
     if file.tell():
         file.seek(-1, os.SEEK_END)
         if file.read(1) != b"\n":
             file.write(b"\n")
-    return io.TextIOWrapper(file, encoding="utf-8")
+    return file
 
 
 def _drop_lines_after(path: Path, start_step: int) -> None:

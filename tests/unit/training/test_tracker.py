@@ -5,7 +5,7 @@ import json
 import pytest
 import wandb
 
-from gpr_dist.training.tracker import Tracker, TrackerConfig, read_metrics
+from gpr_dist.training.tracker import Tracker, TrackerConfig, read_events, read_metrics
 
 OFF = TrackerConfig(wandb="disabled", progress=False)
 
@@ -140,3 +140,38 @@ def test_auto_is_online_with_a_key_else_offline_and_the_environment_decides(tmp_
     monkeypatch.setattr(wandb, "init", lambda **options: started.append(options["mode"]) or Broken())
     tracker(tmp_path, config=TrackerConfig(progress=False)).close()
     assert started == ([mode] if mode else [])
+
+
+def test_events_stay_when_a_resume_takes_steps_back_and_after_a_cut_line(tmp_path):
+    t = tracker(tmp_path)
+    t.event(0, "start", world_size=2)
+    t.log(7, {"loss": 1.0})
+    t.alert(7, "loss_spike", "loss 9 at step 7")
+    t.close()
+    with open(tmp_path / "events.jsonl", "a") as file:
+        file.write('{"time": 1, "ste')
+    t = tracker(tmp_path, start_step=5)
+    t.event(5, "resume", rate=float("nan"))
+    t.close()
+    assert [(line["step"], line["event"]) for line in read_events(tmp_path)] == [(0, "start"), (7, "alert"), (5, "resume")]
+    assert read_events(tmp_path)[1]["kind"] == "loss_spike" and read_events(tmp_path)[2]["rate"] == "nan"
+    assert strict_lines(tmp_path) == [] and read_events(tmp_path / "none") == []
+
+
+def test_an_alert_is_seen_by_the_person_watching_and_by_wandb(tmp_path, monkeypatch, capsys):
+    run = Broken()
+    run.alert = lambda **said: run.lines.append(said)
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    t = tracker(tmp_path, config=TrackerConfig(wandb="offline", progress=False))
+    t.alert(3, "loader_wait", "40 % of the time")
+    t.close()
+    assert run.lines == [{"title": "loader wait", "text": "40 % of the time", "level": "WARN", "wait_duration": 600}] and run.finished
+    assert "WARNING: 40 % of the time" in capsys.readouterr().err
+
+
+def test_a_full_disk_does_not_hide_why_a_run_ends(tmp_path, capsys):
+    t = tracker(tmp_path)
+    t._events = open("/dev/full", "a+b", buffering=0)  # noqa: SIM115
+    t.event(3, "end", status="failed", error="CheckpointError: no space")
+    t.close(exit_code=1)
+    assert "No space left" in (said := capsys.readouterr().err) and "CheckpointError: no space" in said
