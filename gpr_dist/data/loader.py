@@ -50,11 +50,14 @@ class LoaderConfig(Config):
     micro_batch_tokens: int = Field(default=16384, ge=1)
     """most tokens in one forward; a longer journey is alone in its micro-batch"""
     num_streams: int | None = Field(default=None, ge=1)
-    """parallel reading positions, at least the number of ranks and a divisor of global_batch_size; none = its largest divisor <= 256"""
+    """parallel reading positions, at least the number of ranks and a divisor of global_batch_size; none = its largest divisor <= 256, or
+    with balance = work the largest that leaves a stream 32 journeys a step"""
     shuffle_rows: int = Field(default=256, ge=1)
     """journeys of one stream that are shuffled together; a rank holds about 2 x num_streams / ranks times as many in memory"""
     quadratic_at: int = Field(default=4096, ge=1)
     """journey length, in tokens, at which attention costs as much as the rest of a layer (about 6 x width); for balancing ranks"""
+    balance: Literal["rows", "work"] = "rows"
+    """what ranks have equally much of at every step; work: tokens and attention, with num_streams best set to the most ranks ever used"""
     verify: Literal["first_read", "never"] = "first_read"
     """when checksums are compared; of remote shards first_read means each read, as each is another transfer"""
     on_corrupt: Literal["stop", "skip"] = "stop"
@@ -102,6 +105,7 @@ class Loader:
 
     def load_state_dict(self, state: dict[str, int | str]) -> None:
         """Continue where `state` was taken, on any number of ranks. Raises: DataError when data, seed or batch size changed."""
+        state = {"balance": "rows", **state}  # there was no other way when the oldest checkpoints were written
         for name, here in self._identity().items():
             if state.get(name) != here:
                 what = "other shards" if name == "fingerprint" else "another order of the rows"
@@ -118,7 +122,7 @@ class Loader:
     def _identity(self) -> dict[str, int | str]:
         s = self.sampling
         return {"fingerprint": self.reader.manifest.fingerprint, "seed": s.seed, "global_batch_size": s.global_batch_size,
-                "num_streams": s.num_streams, "window_rows": s.window_rows, "quadratic_at": s.quadratic_at}
+                "num_streams": s.num_streams, "window_rows": s.window_rows, "quadratic_at": s.quadratic_at, "balance": s.balance}
 
     def _tasks(self, epoch: int, first_step: int) -> Generator[Callable[[], Step]]:
         """What makes each step; may be called from several threads, and waits for its window."""
@@ -242,7 +246,7 @@ def build_loader(folder: str | Path, config: LoaderConfig, world: World, codes_M
     Raises: ConfigError for sizes that do not fit; DataError for a damaged or empty split, or codes or knowledge of other data.
     """
     sampling = build_sampling(config.seed, config.global_batch_size, world.size, config.micro_batch_tokens, config.num_streams,
-                              config.shuffle_rows, config.quadratic_at)
+                              config.shuffle_rows, config.quadratic_at, config.balance)
     reader = ShardReader(folder, config.verify, config.on_corrupt, config.cache_dir, config.storage)
     if reader.manifest.num_rows == 0:
         raise DataError(f"{folder} has no journeys; check the time cut-offs of the build")
