@@ -1,4 +1,4 @@
-"""Checkpoints of any world size written without engine and training: the files that `training.checkpoint.save` leaves."""
+"""Checkpoints of any world size written without engine and training: the files that `training.saver.Saver` leaves."""
 
 import json
 from collections.abc import Mapping
@@ -29,8 +29,7 @@ def write_checkpoint(folder: Path, weights: Mapping[str, Tensor], world_size: in
                     tensors[key] = piece if state == "param" else torch.zeros_like(piece)
         path = folder / checkpoint.rank_file(rank)
         save_file(tensors, path)
-        note = {"num_bytes": path.stat().st_size, "xxh3_128": checkpoint.checksum(path), "ranges": ranges}
-        path.with_suffix(".json").write_text(json.dumps(note))
+        checkpoint.write_note(path, ranges)
     state = {"format_version": checkpoint.FORMAT_VERSION, "step": int(folder.name.removeprefix("step-")), "world_size": world_size,
              "states": ["param", "exp_avg", "exp_avg_sq"], "optimizer_step": 1,
              "shapes": {name: list(weight.shape) for name, weight in weights.items()}, "fingerprints": dict(fingerprints or {}),

@@ -25,6 +25,7 @@ from gpr_dist.training import checkpoint
 from gpr_dist.training.alerts import Alerts
 from gpr_dist.training.loop import FitConfig, Progress, give_alerts, report_nonfinite, run_validation, save_checkpoint, stop_requested
 from gpr_dist.training.profile import profiled
+from gpr_dist.training.saver import Saver
 from gpr_dist.training.schedule import learning_rate
 from gpr_dist.training.step_metrics import rank_metrics
 from gpr_dist.training.tracker import Tracker
@@ -54,14 +55,15 @@ def fit_hepo(parts: Parts, loader: Loader, config: HepoFitConfig, run: Path, tra
         raise ConfigError(f"train.checkpoint.every_steps={config.checkpoint.every_steps} is no multiple of policy.refresh_every_steps="
                           f"{refresh}: a resumed run would not have the old policy; nearest: {near}")
 
-    def save() -> None:
+    def save(last: bool) -> None:
         state = save_state | {"hepo": {"scale": scale.state(), "guards": guards.state()}}
         state |= {"weighing": parts.weighing.state_dict()} if parts.weighing else {}
-        save_checkpoint(engine, loader, run, config.checkpoint, tracker, progress, state)
+        save_checkpoint(saver, loader, tracker, progress, state, last)
 
     if guards.stopped:
         tracker.say(f"stopped at step {progress.step} by {guards.stopped}; raise that limit to go on")
         return progress
+    saver = Saver(engine, run, config.checkpoint)
     num_steps, skipped_in_a_row, old, alerts = config.schedule.num_steps, 0, None, Alerts(config.alerts)
     if validate and not progress.step and config.validate_every_steps:
         _log_start(parts, validate, tracker)
@@ -77,6 +79,7 @@ def fit_hepo(parts: Parts, loader: Loader, config: HepoFitConfig, run: Path, tra
                 old = engine.copy_weights()
             outcome = hepo_step(parts, data, step, None if fresh else old, scale, guards, learning_rate(config.schedule, step), stop(),
                                 waited)
+            saver.poll()
             step_profiled()
             elapsed = time.perf_counter() - started
             _count(progress, outcome, elapsed)
@@ -87,6 +90,7 @@ def fit_hepo(parts: Parts, loader: Loader, config: HepoFitConfig, run: Path, tra
                 skipped_in_a_row += 1
                 report_nonfinite(engine, data, outcome.bad_ranks, run, step, tracker)
                 if config.on_nonfinite == "stop" or skipped_in_a_row >= config.max_skipped_steps:
+                    saver.wait()
                     raise TrainingError(f"loss or gradient is not finite at step {step + 1} on rank(s) {outcome.bad_ranks}; the update was "
                                         f"dropped, weights are unharmed; rows in {run}/nonfinite-*.json")
             else:
@@ -101,7 +105,7 @@ def fit_hepo(parts: Parts, loader: Loader, config: HepoFitConfig, run: Path, tra
             if validate and (leaving or (due and not outcome.stop)):  # a stop signal is answered in bounded time
                 run_validation(engine, validate, config.best_metric, progress, tracker)
             if leaving or outcome.stop or progress.step % config.checkpoint.every_steps == 0:
-                save()
+                save(last=leaving or outcome.stop)
             if guards.stopped:
                 tracker.say(f"early stop: {guards.stopped}; saved {checkpoint.step_folder(run, progress.step)}")
                 break

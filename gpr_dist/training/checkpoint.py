@@ -3,16 +3,15 @@
 Layout of `runs/<name>/step-000100/`:
     rank-00000.safetensors   "parameter|state|lo|hi" -> float32 [hi - lo], state in engine.STATES; and this rank's RNG state
     state.json               step counters, loader state, fingerprints, metrics, resolved config
-    manifest.json            every file's size and checksum, and which file holds which range; written last, by rank 0, from the notes
-                             (rank-00000.json, then removed) that each rank leaves beside its own file
+    manifest.json            every file's size and checksums, and which file holds which range; written last, by rank 0, from the notes
+                             (rank-00000.json, then removed) that each rank leaves beside its own file when that is on disk
 
 A rank reads just the ranges it owns. No conversion step, no full copy anywhere, nothing pickled. A folder without a manifest, or
-whose files differ from it, is ignored and named.
+whose files differ from it, is ignored and named. This file reads, checks and removes checkpoints; training/saver.py writes them.
 """
 
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -24,16 +23,16 @@ from typing import Any
 import torch
 import xxhash
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from gpr_dist.config import Config
 from gpr_dist.errors import CheckpointError
-from gpr_dist.schema import file_checksum, write_atomic
-from gpr_dist.training.engine import STATES, Engine
+from gpr_dist.schema import write_atomic
+from gpr_dist.training.engine import Engine
 
 FORMAT_VERSION = 1
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
 RNG_KEY, CUDA_RNG_KEY = "rng", "rng_cuda"
+BLOCK_BYTES = 1 << 22  # with a checksum each, so that any number of ranks can share the checking
 
 
 class CheckpointConfig(Config):
@@ -47,6 +46,8 @@ class CheckpointConfig(Config):
     """checkpoints at multiples of this many steps are kept for ever; 0 = none"""
     keep_best: bool = True
     """also keep the checkpoint with the lowest validation loss"""
+    background: bool = True
+    """copy the state (12 bytes per parameter / ranks of host memory) and write while training goes on; false = training waits"""
 
 
 @dataclass
@@ -60,30 +61,6 @@ class Restored:
 def step_folder(run: Path, step: int) -> Path:
     """`run`/step-000100."""
     return run / f"step-{step:06d}"
-
-
-def save(engine: Engine, run: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write and commit a checkpoint (collective).
-
-    Args: state: plain JSON values: counters, loader state, fingerprints, config.
-    Returns: the committed folder.
-    Raises: CheckpointError on every rank when any rank could not write; the folder is removed and older checkpoints are untouched.
-    """
-    folder = step_folder(run, step)
-    if engine.rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # the remains of a save that was killed
-        folder.mkdir(parents=True)
-    engine.barrier()
-    problem = _try(lambda: _write_rank_file(engine, folder))
-    if engine.rank == 0 and not problem:
-        document = {"format_version": FORMAT_VERSION, "step": step, "world_size": engine.world_size, "states": STATES,
-                    "optimizer_step": engine.optimizer_step, "shapes": engine.shapes, **state}
-        problem = _try(lambda: write_atomic(folder / "state.json", json.dumps(document, indent=1).encode()))
-    _raise_together(engine, problem, folder)
-    if engine.rank == 0:  # all files of all ranks are on disk: commit
-        problem = _try(lambda: commit(folder, engine.world_size))
-    _raise_together(engine, problem, folder)
-    return folder
 
 
 def load_latest(engine: Engine, run: Path, expected: dict[str, str]) -> Restored | None:
@@ -128,21 +105,26 @@ def list_steps(run: Path) -> list[Path]:
 
 
 def verify(folder: Path, part: int = 0, parts: int = 1) -> str | None:
-    """Check a checkpoint's files against its manifest; with `parts` ranks each reads its share. Returns: what is wrong, or None."""
+    """Check a checkpoint's files against its manifest; each of `parts` ranks reads its share. Returns: what is wrong, or None."""
     try:
         manifest = read_manifest(folder)
     except FileNotFoundError:
         return "it has no manifest.json: the save was interrupted"
     except (OSError, ValueError) as error:
         return f"manifest.json is damaged: {error}"
-    for number, (name, entry) in enumerate(sorted(manifest["files"].items())):
+    blocks = []
+    for name, entry in sorted(manifest["files"].items()):
         path = folder / name
         if not path.exists():
             return f"{name} is missing"
         if path.stat().st_size != entry["num_bytes"]:
             return f"{name} has {path.stat().st_size} bytes, expected {entry['num_bytes']}"
-        if number % parts == part and checksum(path) != entry["xxh3_128"]:
-            return f"{name} was altered: its checksum is not the one in the manifest"
+        # checkpoints from before the blocks have one checksum of the whole file
+        size, checksums = entry.get("block_bytes", entry["num_bytes"]), entry.get("blocks") or [entry["xxh3_128"]]
+        blocks += [(path, number * size, size, wanted) for number, wanted in enumerate(checksums)]
+    for path, start, size, wanted in blocks[len(blocks) * part // parts : len(blocks) * (part + 1) // parts]:
+        if block_checksum(path, start, size) != wanted:
+            return f"{path.name} was altered: its checksum is not the one in the manifest"
     return None
 
 
@@ -228,20 +210,16 @@ def find_checkpoint(path: Path, best: bool = False) -> Path:
     raise CheckpointError(f"{path} has no complete checkpoint; train first, or give a step folder")
 
 
-def _write_rank_file(engine: Engine, folder: Path) -> None:
-    tensors, ranges = {RNG_KEY: torch.get_rng_state()}, []
-    if torch.cuda.is_available():
-        tensors[CUDA_RNG_KEY] = torch.cuda.get_rng_state()
-    for shard in engine.state_shards():
-        ranges.append((shard.name, shard.lo, shard.hi))
-        for key, view in shard.tensors.items():
-            tensors[tensor_name(shard.name, key, shard.lo, shard.hi)] = view.detach().float().cpu().clone()  # the views share storage
-    path = folder / rank_file(engine.rank)
-    save_file(tensors, path)
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-    note = {"num_bytes": path.stat().st_size, "xxh3_128": checksum(path), "ranges": ranges}
-    write_atomic(path.with_suffix(".json"), json.dumps(note).encode())
+def file_entry(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file: its size and the checksum of every block."""
+    num_bytes = path.stat().st_size
+    starts = range(0, max(1, num_bytes), BLOCK_BYTES)
+    return {"num_bytes": num_bytes, "block_bytes": BLOCK_BYTES, "blocks": [block_checksum(path, at, BLOCK_BYTES) for at in starts]}
+
+
+def write_note(path: Path, ranges: list[tuple[str, int, int]]) -> None:
+    """Beside a rank's file that is on disk: that it is, and what it holds, (parameter, lo, hi) each; `commit` waits for all of them."""
+    write_atomic(path.with_suffix(".json"), json.dumps({**file_entry(path), "ranges": ranges}).encode())
 
 
 def commit(folder: Path, world_size: int) -> None:
@@ -254,8 +232,7 @@ def commit(folder: Path, world_size: int) -> None:
             ranges.setdefault(name, []).append((lo, hi, rank_file(rank)))
         files[rank_file(rank)] = note
         note_path.unlink()
-    state = folder / "state.json"
-    files["state.json"] = {"num_bytes": state.stat().st_size, "xxh3_128": checksum(state)}
+    files["state.json"] = file_entry(folder / "state.json")
     manifest = {"files": files, "ranges": ranges}
     write_atomic(folder / "manifest.json", json.dumps({**manifest, "xxh3_128": _manifest_checksum(manifest)}).encode())
 
@@ -277,9 +254,15 @@ def tensor_name(name: str, state: str, lo: int, hi: int) -> str:
     return f"{name}|{state}|{lo}|{hi}"
 
 
-def checksum(path: Path) -> str:
-    """xxh3_128 of a file, in hex."""
-    return file_checksum(path, xxhash.xxh3_128)
+def block_checksum(path: Path, start: int, num_bytes: int) -> str:
+    """xxh3_128 of a part of a file, in hex."""
+    running = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        file.seek(start)
+        while num_bytes > 0 and (chunk := file.read(min(num_bytes, BLOCK_BYTES))):
+            running.update(chunk)
+            num_bytes -= len(chunk)
+    return running.hexdigest()
 
 
 def read_range(target: torch.Tensor, lo: int, hi: int, ranges: list[tuple[int, int, str]], files: dict[str, Any], folder: Path, name: str,
@@ -313,21 +296,3 @@ def _check(state: dict[str, Any], engine: Engine, expected: dict[str, str], fold
         if shapes.get(name) != engine.shapes.get(name):
             raise CheckpointError(f"{folder} has {name} of shape {shapes.get(name)}, the configured model has {engine.shapes.get(name)}; "
                                   f"use the model settings of {folder}/state.json or another run name")
-
-
-def _try(action: Any) -> str | None:
-    try:
-        action()
-    except Exception as error:  # safetensors raises its own type for a full disk
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def _raise_together(engine: Engine, problem: str | None, folder: Path) -> None:
-    """Raise on every rank if any rank has a problem: one that went on alone would wait for the others for ever."""
-    if not engine.all_reduce(torch.tensor([float(problem is not None)]), "max").item():
-        return
-    if engine.rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-    reason = problem or "another rank could not write its part"
-    raise CheckpointError(f"saving {folder} failed ({reason}); the checkpoints before it are intact")

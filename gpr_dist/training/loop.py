@@ -29,6 +29,7 @@ from gpr_dist.training.alerts import AlertConfig, Alerts
 from gpr_dist.training.checkpoint import CheckpointConfig
 from gpr_dist.training.engine import Engine
 from gpr_dist.training.profile import ProfileConfig, profiled
+from gpr_dist.training.saver import Saver
 from gpr_dist.training.schedule import ScheduleConfig, learning_rate
 from gpr_dist.training.spikes import Tracer
 from gpr_dist.training.step_metrics import (
@@ -129,10 +130,11 @@ def fit(engine: Engine, loader: Loader, objective: Objective, config: FitConfig,
     Raises: TrainingError when a loss or gradient is not finite and the policy says stop.
     """
 
-    def save() -> None:
+    def save(last: bool) -> None:
         state = save_state | ({"weighing": weighing.state_dict()} if weighing else {})
-        save_checkpoint(engine, loader, run, config.checkpoint, tracker, progress, state)
+        save_checkpoint(saver, loader, tracker, progress, state, last)
 
+    saver = Saver(engine, run, config.checkpoint)
     num_steps, skipped_in_a_row, saved_step, alerts = config.schedule.num_steps, 0, progress.step, Alerts(config.alerts)
     engine.train()
     with stop_requested() as stop, profiled(config.profile, run, engine.rank, progress.step) as step_profiled:
@@ -143,6 +145,7 @@ def fit(engine: Engine, loader: Loader, objective: Objective, config: FitConfig,
             waited = time.perf_counter() - started
             lr = learning_rate(config.schedule, global_step)
             result = train_step(engine, data, objective, model, lr, stop(), config.target_share, weighing, waited)
+            saver.poll()
             step_profiled()
             progress.step = global_step + 1
             progress.rows, progress.tokens, progress.targets = (a + b for a, b in zip((progress.rows, progress.tokens, progress.targets),
@@ -160,6 +163,7 @@ def fit(engine: Engine, loader: Loader, objective: Objective, config: FitConfig,
                 skipped_in_a_row += 1
                 report_nonfinite(engine, data, result.bad_ranks, run, global_step, tracker)
                 if config.on_nonfinite == "stop" or skipped_in_a_row >= config.max_skipped_steps:
+                    saver.wait()
                     last = f"last checkpoint step-{saved_step:06d}" if saved_step else "no checkpoint yet"
                     raise TrainingError(f"loss or gradient is not finite at step {global_step + 1} on rank(s) {result.bad_ranks}; the "
                                         f"update was dropped, weights are unharmed; rows in {run}/nonfinite-*.json; {last}")
@@ -173,7 +177,7 @@ def fit(engine: Engine, loader: Loader, objective: Objective, config: FitConfig,
             if validate and (finished or (due and not result.stop)):  # a stop signal is answered in bounded time
                 run_validation(engine, validate, config.best_metric, progress, tracker)
             if finished or result.stop or progress.step % config.checkpoint.every_steps == 0:
-                save()
+                save(last=finished or result.stop)
                 saved_step = progress.step
             if result.stop:
                 tracker.say(f"stop signal: saved {checkpoint.step_folder(run, progress.step)} and leaving")
@@ -181,17 +185,17 @@ def fit(engine: Engine, loader: Loader, objective: Objective, config: FitConfig,
     return progress
 
 
-def save_checkpoint(engine: Engine, loader: Loader, run: Path, config: CheckpointConfig, tracker: Tracker, progress: Progress,
-                    state: dict[str, Any]) -> None:
-    """Write the checkpoint of `progress.step`, drop those that retention gives up, log the seconds it took (collective).
+def save_checkpoint(saver: Saver, loader: Loader, tracker: Tracker, progress: Progress, state: dict[str, Any], last: bool) -> None:
+    """Save what training is at `progress.step`, log for how long it stood still and what the newest finished write took (collective).
 
-    Args: state: plain values stored beside the counters and the loader's state.
+    Args: state: plain values stored beside the counters and the loader's state. last: be committed on return.
     """
     started = time.perf_counter()
-    checkpoint.save(engine, run, progress.step, {**state, "progress": vars(progress), "loader": loader.state_dict()})
-    if engine.rank == 0:
-        checkpoint.prune(run, config, progress.best_step)
-    tracker.log(progress.step, {"checkpoint/seconds": time.perf_counter() - started})
+    saver.save(progress.step, {**state, "progress": vars(progress), "loader": loader.state_dict()}, progress.best_step)
+    if last:
+        saver.wait()
+    written = {"checkpoint/write_seconds": saver.write_seconds} if saver.write_seconds else {}
+    tracker.log(progress.step, {"checkpoint/seconds": time.perf_counter() - started, **written})
 
 
 @dataclass

@@ -101,9 +101,7 @@ def _write(source: Path, folder: Path, state: dict[str, Any], tables: dict[str, 
         with open(folder / name, "rb+") as file:
             os.fsync(file.fileno())
         ranges = [_parse_key(key) for key in places[name]]
-        note = {"num_bytes": (folder / name).stat().st_size, "xxh3_128": checkpoint.checksum(folder / name),
-                "ranges": [(parameter, lo, hi) for parameter, key, lo, hi in ranges if key == STATES[0]]}
-        write_atomic((folder / name).with_suffix(".json"), json.dumps(note).encode())
+        checkpoint.write_note(folder / name, [(parameter, lo, hi) for parameter, key, lo, hi in ranges if key == STATES[0]])
     document = {**state, **changes, "shapes": shapes}
     if "progress" in document:  # losses under the old codes are not comparable with those to come
         document["progress"] = {**document["progress"], "best_step": None, "best_loss": None, "metrics": {}}

@@ -18,7 +18,7 @@ from gpr_dist.rl.policy import PolicyConfig
 from gpr_dist.rl.rewards import RewardScale
 from gpr_dist.rl.rollout import RolloutConfig, Sampler, take_requests
 from gpr_dist.schema import Batch
-from gpr_dist.training import checkpoint
+from gpr_dist.training import checkpoint, saver
 from gpr_dist.training.engine import Engine, EngineConfig, init_distributed
 from gpr_dist.training.init_from import init_from
 from gpr_dist.training.objective import mtp_objective
@@ -82,7 +82,7 @@ def hand_over(runs: str) -> dict:
 
     def save(engine: Engine, name: str, critic: bool) -> Path:
         state = {"fingerprints": fingerprints, "config": {"model": model_config(critic=critic).model_dump(mode="json")}, "progress": {}}
-        return checkpoint.save(engine, Path(runs) / name, 1, state)
+        return saver.save(engine, Path(runs) / name, 1, state)
 
     first = engine_with(False, seed=1)
     second = engine_with(True, seed=2)
@@ -161,7 +161,7 @@ def own_rates(runs: str, cases: list[dict]) -> list[dict]:
             if part in moved:
                 moved[part] = max(moved[part], float((shard.tensors["param"] - before[shard.name, shard.lo]).abs().max()))
         fingerprints, run = {"tokenizer": "t"}, Path(runs) / str(number)
-        checkpoint.save(engine, run, 1, {"fingerprints": fingerprints, "config": {}, "progress": {}})
+        saver.save(engine, run, 1, {"fingerprints": fingerprints, "config": {}, "progress": {}})
         train(engine, range(1, 3))
         again = start()
         checkpoint.load_latest(again, run, fingerprints)

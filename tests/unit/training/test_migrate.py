@@ -27,7 +27,7 @@ def shapes(model: dict) -> dict[str, tuple[int, ...]]:
 
 
 def write_checkpoint(run: Path, world_size: int) -> Path:
-    """As checkpoint.save leaves it: equal parts of every parameter, the last one shorter, none for a rank that has no element."""
+    """As a Saver leaves it: equal parts of every parameter, the last one shorter, none for a rank that has no element."""
     folder = checkpoint.step_folder(run, STEP)
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(world_size)
@@ -43,8 +43,7 @@ def write_checkpoint(run: Path, world_size: int) -> Path:
                 tensors |= {f"{name}|{state}|{lo}|{hi}": values[lo:hi].clone() for state, values in states.items()}
         path = folder / checkpoint.rank_file(rank)
         save_file(tensors, path)
-        note = {"num_bytes": path.stat().st_size, "xxh3_128": checkpoint.checksum(path), "ranges": ranges}
-        path.with_suffix(".json").write_text(json.dumps(note))
+        checkpoint.write_note(path, ranges)
     state = {"format_version": checkpoint.FORMAT_VERSION, "step": STEP, "world_size": world_size, "states": STATES, "optimizer_step": STEP,
              "shapes": shapes(MODEL), "fingerprints": {"tokenizer": "old", "data": "d"}, "config": {"model": MODEL, "train": {"lr": 1}},
              "progress": {"step": STEP, "best_step": 20, "best_loss": 1.5, "metrics": {"validation/loss": 1.5}}, "loader": {"epoch": 1}}
