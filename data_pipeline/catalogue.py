@@ -302,7 +302,7 @@ def _finish_npy(folder: Path, name: str, dtype: type, length: int) -> None:
 
 def _load_npy(path: Path, length: int) -> np.ndarray:
     try:
-        values = np.load(path, mmap_mode="r" if length else None)
+        values = np.load(path, mmap_mode="r" if length else None, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is missing or damaged ({error}); rebuild with launch/build_data.py") from None
     if len(values) != length:

@@ -84,7 +84,7 @@ def join(content_ND: np.ndarray, items_M: np.ndarray, vectors_MD: np.ndarray, co
         raise DataError(f"cannot write embeddings {out}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
-    return np.load(out, mmap_mode="r")
+    return np.load(out, mmap_mode="r", allow_pickle=False)
 
 
 def _count(shards: Path, num_items: int, config: CooccurrenceConfig) -> sp.csr_matrix:

@@ -326,7 +326,7 @@ def _write(out: Path, chunks: Iterator[tuple[np.ndarray, np.ndarray]], num_items
         raise DataError(f"cannot embed the items into {out}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
-    return np.load(out, mmap_mode="r")
+    return np.load(out, mmap_mode="r", allow_pickle=False)
 
 
 def _finite(vectors_nD: np.ndarray, rows: np.ndarray, config: EmbeddingConfig) -> np.ndarray:

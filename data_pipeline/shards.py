@@ -21,6 +21,7 @@ from webdataset import TarWriter
 
 from gpr_dist.config import Config
 from gpr_dist.errors import DataError
+from gpr_dist.safety import inside
 from gpr_dist.schema import INDEX_SCHEMA, JOURNEY_SCHEMA, ROW_STATS, ShardInfo, ShardManifest, TokenType, write_atomic
 
 SUFFIX = {"arrow": ".arrow", "webdataset": ".tar"}
@@ -194,8 +195,9 @@ def iter_record_batches(folder: Path, seed: int | None = None, hint: str = "") -
     """
     try:
         manifest = ShardManifest.parse((folder / "manifest.json").read_bytes(), str(folder / "manifest.json"))
-        index = pa.ipc.open_file(folder / "index.arrow").read_all()
-        files = [pa.memory_map(str(folder / shard.name)).read_buffer() for shard in manifest.shards]
+        index = pa.ipc.open_file(folder / manifest.index_file).read_all()
+        names = [inside(folder, shard.name, folder / "manifest.json", DataError) for shard in manifest.shards]
+        files = [pa.memory_map(str(name)).read_buffer() for name in names]
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"shards {folder} cannot be read ({error}); run launch/build_data.py first{hint}") from None
     shard, offset, num_bytes, checksum = (index[name].to_numpy() for name in ("shard", "offset", "num_bytes", "checksum"))

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 from gpr_dist.config import Config, build_config
 from gpr_dist.errors import CheckpointError, ConfigError
+from gpr_dist.safety import inside
 from gpr_dist.schema import file_checksum, write_atomic
 
 BUNDLE_VERSION = 1
@@ -107,7 +108,7 @@ def read_manifest(folder: Path) -> BundleManifest:
     except ConfigError as error:
         raise CheckpointError(f"{error}; export the bundle again with launch/export.py") from None
     for name in manifest.files:
-        check_name(folder, name, path)
+        inside(folder, name, path, CheckpointError)
     return manifest
 
 
@@ -124,15 +125,6 @@ def verify(folder: Path, manifest: BundleManifest, names: list[str] | None = Non
         if _checksum(path) != entry.xxh3_128:
             return f"{name} was altered: its checksum is not the one in {MANIFEST}"
     return None
-
-
-def check_name(folder: Path, name: str, where: Path) -> None:
-    """Refuse a file name that leads out of the folder. Args: where: the file that names it."""
-    pure = PurePosixPath(name)
-    if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name or "\0" in name:
-        raise CheckpointError(f"{where} names {name!r}, which is not a path inside {folder}; do not use this bundle")
-    if not (folder / name).resolve().is_relative_to(folder.resolve()):
-        raise CheckpointError(f"{where} names {name!r}, a link that leads out of {folder}; do not use this bundle")
 
 
 def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gpr_dist.config import Config, build_config
 from gpr_dist.errors import ConfigError, DataError
+from gpr_dist.safety import check_name, inside
 
 # B rows (journey segments)  T packed journey tokens  R requests  N targets (a request, a head and an ad)  L levels
 # P MTP heads  Fu / Fe categorical fields of a U / E token  Nu / Ne U / E tokens  X older events  M pairs (request, past event)
@@ -114,12 +115,17 @@ class ShardManifest(Config):
     content_checksum: str
     """xxh3_128 of the uncompressed record batches without user_id: counts alone would not notice edited journeys on resume"""
     index_checksum: str
-    """sha256 of index.arrow followed by rows.npy"""
+    """sha256 of the index followed by the row statistics"""
+    index_file: str = "index.arrow"
+    """INDEX_SCHEMA"""
+    rows_file: str = "rows.npy"
+    """ROW_STATS"""
 
     @property
     def fingerprint(self) -> str:
         """Identifies the data and its order: equal for the two containers of the same batches (16 hex digits)."""
-        content = self.model_dump(mode="json", exclude={"shards", "container", "compression", "index_checksum"})
+        files = {"shards", "container", "compression", "index_checksum", "index_file", "rows_file"}
+        content = self.model_dump(mode="json", exclude=files)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def save(self, folder: str | Path) -> None:
@@ -134,9 +140,12 @@ class ShardManifest(Config):
             if values.get("schema_version") != SCHEMA_VERSION:
                 found = values.get("schema_version")
                 raise DataError(f"{where}: schema version {found}, this code reads {SCHEMA_VERSION}; rebuild the shards")
-            return build_config(cls, values, where)
+            manifest = build_config(cls, values, where)
         except (json.JSONDecodeError, AttributeError, ConfigError) as error:
             raise DataError(f"{where} is damaged ({error}); rebuild the shards with launch/build_data.py") from None
+        for name in (*(shard.name for shard in manifest.shards), manifest.index_file, manifest.rows_file):
+            check_name(name, where, DataError)
+        return manifest
 
 
 class KnowledgeRows(Config):
@@ -191,9 +200,13 @@ class KnowledgeManifest(Config):
             if values.get("schema_version") != SCHEMA_VERSION:
                 raise DataError(f"{path}: schema version {values.get('schema_version')}, this code reads {SCHEMA_VERSION}; make it again "
                                 "with launch/build_knowledge.py")
-            return build_config(cls, values, str(path))
+            manifest = build_config(cls, values, str(path))
         except (OSError, json.JSONDecodeError, AttributeError, ConfigError) as error:
             raise DataError(f"{path} cannot be read ({error}); make it with launch/build_knowledge.py") from None
+        encoder = [manifest.encoder["file"]] if "file" in manifest.encoder else []
+        for name in (manifest.vectors, manifest.blocks, *(rows.file for rows in manifest.splits.values()), *encoder):
+            inside(folder, name, path, DataError)
+        return manifest
 
 
 class HistoryRows(Config):
@@ -223,9 +236,12 @@ class HistoryManifest(Config):
             values = json.loads(path.read_bytes())
             if values.get("schema_version") != SCHEMA_VERSION:
                 raise DataError(f"{path}: schema version {values.get('schema_version')}, this code reads {SCHEMA_VERSION}; make it again")
-            return build_config(cls, values, str(path))
+            manifest = build_config(cls, values, str(path))
         except (OSError, json.JSONDecodeError, AttributeError, ConfigError) as error:
             raise DataError(f"{path} cannot be read ({error}); launch/pretrain.py makes it when it is missing") from None
+        for name in (*manifest.files.values(), *(rows.file for rows in manifest.splits.values())):
+            inside(folder, name, path, DataError)
+        return manifest
 
 
 @dataclass(frozen=True)

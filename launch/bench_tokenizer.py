@@ -74,7 +74,7 @@ def run_bench(config: TokenizerBenchConfig) -> None:
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         path = config.data or _generate(config, Path(folder) / "embeddings.npy")
-        vectors_ND = np.ascontiguousarray(np.load(path), np.float32)
+        vectors_ND = np.ascontiguousarray(np.load(path, allow_pickle=False), np.float32)
         contenders, absent = _contenders(config, threads)
         measured: dict[str, list[tuple[float, float, float]]] = {name: [] for name in contenders}
         runs = [(name, fit) for _ in range(config.repetitions) for name, fit in contenders.items()]

@@ -136,7 +136,7 @@ class World:
         """Arrays are mapped, not read. Raises: DataError when the folder is not a market's truth."""
         try:
             config = build_config(MarketConfig, json.loads((folder / "market.json").read_text()), str(folder / "market.json"))
-            arrays = {field.name: np.load(folder / f"{field.name}.npy", mmap_mode="r") for field in fields(cls)[1:]}
+            arrays = {field.name: np.load(folder / f"{field.name}.npy", mmap_mode="r", allow_pickle=False) for field in fields(cls)[1:]}
         except (OSError, ValueError) as error:
             raise DataError(f"{folder} holds no readable truth of a market ({error}); make it with launch/make_market.py") from None
         return cls(config, **arrays)

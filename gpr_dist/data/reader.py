@@ -18,8 +18,9 @@ import pyarrow as pa
 import webdataset
 import xxhash
 
-from gpr_dist.data.storage import Storage, StorageConfig, StorageError
+from gpr_dist.data.storage import Storage, StorageConfig, StorageError, shown
 from gpr_dist.errors import DataError
+from gpr_dist.safety import check_name, inside
 from gpr_dist.schema import INDEX_SCHEMA, JOURNEY_SCHEMA, ROW_STATS, ShardManifest
 
 log = logging.getLogger(__name__)
@@ -133,7 +134,9 @@ class ShardReader:
                     raise DataError(f"{self.folder}: index.arrow or rows.npy was altered after the manifest was written; {_REBUILD}")
             with pa.memory_map(str(paths[0])) as file:
                 table = pa.ipc.open_file(file).read_all()
-            rows = np.load(paths[1], mmap_mode="r") if self.manifest.num_rows else np.zeros((0, len(ROW_STATS)), np.int32)
+            rows = np.zeros((0, len(ROW_STATS)), np.int32)
+            if self.manifest.num_rows:
+                rows = np.load(paths[1], mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, pa.ArrowException) as error:
             if isinstance(error, DataError):
                 raise
@@ -143,9 +146,9 @@ class ShardReader:
         return {name: table.column(name).to_numpy() for name in table.column_names}, rows
 
     def _sidecar_paths(self, cache: Path) -> list[Path]:
-        names = ("index.arrow", "rows.npy")
+        names = (self.manifest.index_file, self.manifest.rows_file)
         if self.is_local:
-            return [Path(self.storage.root) / name for name in names]
+            return [inside(self.storage.root, name, f"{self.folder}/manifest.json", DataError) for name in names]
         return [self.storage.copy(name, cache / f"{self.manifest.index_checksum}-{name}") for name in names]
 
     def _unaltered(self, paths: list[Path]) -> bool:
@@ -188,7 +191,7 @@ class ShardReader:
             return self.storage.read_range(name, offset, num_bytes, self._where(number))
         with self._lock:
             if shard not in self._mapped:
-                with pa.memory_map(f"{self.storage.root}/{name}") as file:
+                with pa.memory_map(str(inside(self.storage.root, name, f"{self.folder}/manifest.json", DataError))) as file:
                     self._mapped[shard] = file.read_buffer()  # no copy; the mapping lives as long as the buffer
             mapped = self._mapped[shard]
         return mapped.slice(min(offset, mapped.size), num_bytes)
@@ -202,6 +205,7 @@ def iter_batches(url: str) -> Iterator[pa.RecordBatch]:
     """
     stages = webdataset.DataPipeline(webdataset.SimpleShardList([url]), webdataset.tarfile_samples)
     for sample in stages:
+        check_name(sample["__key__"], shown(url), DataError)  # members are never written, but a tar with such names is not one of ours
         if "arrow" not in sample:
             raise DataError(f"{url}: member {sample['__key__']} has no .arrow file; expected a tar written by ShardWriter")
         try:

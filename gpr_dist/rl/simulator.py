@@ -19,6 +19,7 @@ from gpr_dist.rl.bids import PER_MILLE
 from gpr_dist.rl.calibration import Curve
 from gpr_dist.rl.examples import LabelConfig, log_doubt, log_sampling_rate
 from gpr_dist.rl.rankers import RankerConfig, Rankers
+from gpr_dist.safety import inside
 from gpr_dist.schema import Batch, file_checksum, write_atomic
 from gpr_dist.tokenizer.semantic_ids import SemanticIds
 
@@ -227,6 +228,9 @@ def _read_facts(folder: Path) -> SimulatorFacts:
     if version != SIMULATOR_VERSION:
         raise DataError(f"{path}: version {version}, this code reads {SIMULATOR_VERSION}; {REFIT}")
     try:
-        return build_config(SimulatorFacts, values, str(path))
+        facts = build_config(SimulatorFacts, values, str(path))
     except ConfigError as error:
         raise DataError(f"{error}; {REFIT}") from None
+    for name in facts.files:
+        inside(folder, name, path, DataError)
+    return facts

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from gpr_dist.bundle import WEIGHTS, check_name
+from gpr_dist.bundle import WEIGHTS
 from gpr_dist.data.eligibility import Eligibility
 from gpr_dist.decoding.trie import Trie
 from gpr_dist.errors import DataError, TokenizerError
 from gpr_dist.hashing import TIME_FEATURES, feature_id, time_feature
+from gpr_dist.safety import inside
 from gpr_dist.schema import EVERY_AD, NO_ITEM, TokenType
 from gpr_dist.serving.settings import BundleSettings
 from gpr_dist.tokenizer.semantic_ids import BUNDLE_FILE, SemanticIds
@@ -73,10 +74,10 @@ def copy_tokenizer(semantic_ids: SemanticIds, folder: Path) -> None:
     folder.mkdir()
     listed = json.loads((source / BUNDLE_FILE).read_bytes())["checksums"]
     for name in (*listed, BUNDLE_FILE):
-        check_name(source, name, source / BUNDLE_FILE)
+        path = inside(source, name, source / BUNDLE_FILE, TokenizerError)
         if "/" in name:
             raise TokenizerError(f"{source / BUNDLE_FILE} names {name}, expected files of the folder itself; save the tokenizer again")
-        shutil.copyfile(source / name, folder / name)
+        shutil.copyfile(path, folder / name)
 
 
 def copy_catalogue(data: Path, folder: Path) -> None:

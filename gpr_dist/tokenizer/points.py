@@ -66,7 +66,7 @@ def open_embeddings(path: str | Path, column: str = "embedding") -> np.ndarray |
     if Path(path).suffix != ".npy":
         return ArrowRows(path, column)
     try:
-        return np.load(path, mmap_mode="r")
+        return np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise TokenizerError(f"{path} cannot be read ({error}); give a .npy of [items, dim]") from None
 

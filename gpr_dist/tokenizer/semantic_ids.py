@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save
 
 from gpr_dist.config import build_config
 from gpr_dist.errors import GPRError, TokenizerError
+from gpr_dist.safety import inside
 from gpr_dist.schema import file_checksum, write_atomic
 from gpr_dist.tokenizer.config import TokenizerConfig
 from gpr_dist.tokenizer.metrics import Groups, TokenizerReport, group_items, pack
@@ -206,6 +207,8 @@ def _read_json(folder: Path) -> dict:
         raise TokenizerError(f"{path}: bundle version {version}, this code reads {BUNDLE_VERSION}; fit it again")
     if checksum != _json_checksum(content):
         raise TokenizerError(f"{path} was altered (its checksum does not match); restore the bundle or fit it again")
+    for name in (*content["checksums"], content["codes"], content["quantizer"], *content["attachments"].values()):
+        inside(folder, name, path, TokenizerError)
     return content
 
 
