@@ -26,6 +26,7 @@ from safetensors import safe_open
 
 from gpr_dist.config import Config
 from gpr_dist.errors import CheckpointError
+from gpr_dist.safety import inside
 from gpr_dist.schema import write_atomic
 from gpr_dist.training.engine import Engine
 
@@ -242,10 +243,12 @@ def _manifest_checksum(manifest: dict[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Files and ranges. Raises: OSError; ValueError when anything in it was altered."""
+    """Files and ranges. Raises: OSError; ValueError when anything in it was altered, or a name leads out of the folder."""
     manifest = json.loads((folder / "manifest.json").read_text())
     if manifest.pop("xxh3_128", None) != _manifest_checksum(manifest):
         raise ValueError("it does not have its own checksum")
+    for name in {*manifest["files"], *(file for ranges in manifest["ranges"].values() for _, _, file in ranges)}:
+        inside(folder, name, "it", ValueError)
     return manifest
 
 
@@ -288,7 +291,8 @@ def _check(state: dict[str, Any], engine: Engine, expected: dict[str, str], fold
     for kind, wanted in expected.items():
         found = state.get("fingerprints", {}).get(kind)
         if found != wanted:
-            way_out = ", take the checkpoint over to the new one with launch/migrate.py," if kind == "tokenizer" else ""
+            way_out = {"tokenizer": ", take the checkpoint over to the new one with launch/migrate.py,",
+                       "data": f", go on from these weights on this data with init_from={folder} and another run name,"}.get(kind, "")
             raise CheckpointError(f"{folder} was trained with {kind} {found}, this run uses {kind} {wanted}; "
                                   f"use the same {kind}{way_out} or another run name (run.name=…) to start afresh")
     shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
