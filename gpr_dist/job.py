@@ -71,6 +71,8 @@ class RunConfig(Config):
     """of initial weights and dropout"""
     resume: bool = True
     """continue the run's newest complete checkpoint if there is one; false = refuse a run folder that has checkpoints"""
+    stopped_exit_code: int = Field(0, ge=0, le=255)
+    """exit code of a run that a stop signal ended before its last step; 75 where failed jobs are restarted and finished ones are not"""
 
 
 class PretrainConfig(Config):

@@ -163,10 +163,11 @@ def checkpoint_facts(job: Job, start: Start) -> dict[str, Any]:
             "stage": job.config.stage}
 
 
-def run_fit(job: Job, objective: Objective, value_weights: ValueWeights | None = None) -> None:
+def run_fit(job: Job, objective: Objective, value_weights: ValueWeights | None = None) -> int:
     """Resume or start, train to the end or to a stop signal, and leave the loss curves behind (collective).
 
     Args: value_weights: of value-aware fine-tuning (`open_vaft`); none = every target counts 1.
+    Returns: the job's exit code.
     """
     config, engine = job.config, job.engine
     validate = open_validation(job, objective)
@@ -184,6 +185,12 @@ def run_fit(job: Job, objective: Objective, value_weights: ValueWeights | None =
     if engine.rank == 0:
         print(f"run folder: {job.run}\nloss curves: {plot_losses(job.run)}", flush=True)
     engine.close()
+    return exit_code(config, start.progress)
+
+
+def exit_code(config: PretrainConfig, progress: Progress) -> int:
+    """0 of a finished run, `run.stopped_exit_code` of one that a stop signal ended before its last step."""
+    return 0 if progress.step >= config.train.schedule.num_steps else config.run.stopped_exit_code
 
 
 def open_validation(job: Job, objective: Objective) -> Callable[[], dict[str, float]] | None:

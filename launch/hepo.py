@@ -29,7 +29,7 @@ from gpr_dist.rl.rewards import RewardModel, RewardScale
 from gpr_dist.rl.rollout import RolloutConfig, Sampler
 from gpr_dist.rl.simulator import Simulator
 from gpr_dist.schema import EVERY_AD
-from gpr_dist.start import Job, Start, check_resume, checkpoint_facts, dry_run, open_job, open_start, open_tracker, open_vaft, run_job
+from gpr_dist.start import Job, Start, check_resume, checkpoint_facts, dry_run, exit_code, open_job, open_start, open_tracker, open_vaft, run_job
 from gpr_dist.training.init_from import init_from
 from gpr_dist.training.loop import Objective
 from gpr_dist.training.objective import mtp_objective
@@ -67,8 +67,7 @@ def main() -> int:
         return dry_run(config)
     job = open_job(config)
     folder = config.simulator or config.data.folder / "simulator"
-    run_hepo(job, Simulator.load(folder, job.engine.device, job.semantic_ids))
-    return 0
+    return run_hepo(job, Simulator.load(folder, job.engine.device, job.semantic_ids))
 
 
 def for_policy(config: HepoConfig) -> HepoConfig:
@@ -86,8 +85,8 @@ def _without_dropout(settings: dict[str, Any]) -> dict[str, Any]:
             for name, value in settings.items()}
 
 
-def run_hepo(job: Job, reward: RewardModel) -> None:
-    """Resume or start, optimise to the end, to a guard or to a stop signal (collective)."""
+def run_hepo(job: Job, reward: RewardModel) -> int:
+    """Resume or start, optimise to the end, to a guard or to a stop signal (collective). Returns: the job's exit code."""
     config, engine = job.config, job.engine
     sampler = open_sampler(job, reward)
     weighing = open_vaft(job, config.vaft) if config.policy.stabiliser_weight else None
@@ -108,6 +107,7 @@ def run_hepo(job: Job, reward: RewardModel) -> None:
     if engine.rank == 0:
         print(f"run folder: {job.run}", flush=True)
     engine.close()
+    return 0 if guards.stopped else exit_code(config, start.progress)
 
 
 def open_sampler(job: Job, reward: RewardModel) -> Sampler:

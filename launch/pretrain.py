@@ -22,8 +22,7 @@ def main() -> int:
     job = open_job(config)
     objective = mtp_objective(config.model.num_mtp_heads, config.value_loss_weight, config.head_weights,
                               item_loss_weight=config.item_loss_weight)
-    run_fit(job, objective)
-    return 0
+    return run_fit(job, objective)
 
 
 if __name__ == "__main__":
