@@ -29,7 +29,19 @@ from gpr_dist.rl.rewards import RewardModel, RewardScale
 from gpr_dist.rl.rollout import RolloutConfig, Sampler
 from gpr_dist.rl.simulator import Simulator
 from gpr_dist.schema import EVERY_AD
-from gpr_dist.start import Job, Start, check_resume, checkpoint_facts, dry_run, exit_code, open_job, open_start, open_tracker, open_vaft, run_job
+from gpr_dist.start import (
+    Job,
+    Start,
+    check_resume,
+    checkpoint_facts,
+    dry_run,
+    exit_code,
+    open_job,
+    open_start,
+    open_tracker,
+    open_vaft,
+    run_job,
+)
 from gpr_dist.training.init_from import init_from
 from gpr_dist.training.loop import Objective
 from gpr_dist.training.objective import mtp_objective

@@ -12,6 +12,7 @@ from gpr_dist.data.eligibility import Eligibility
 from gpr_dist.job import PretrainConfig
 from gpr_dist.tokenizer.config import TokenizerConfig
 from gpr_dist.tokenizer.fit import fit_tokenizer
+from gpr_dist.training.loop import Progress
 
 
 @pytest.fixture
@@ -61,3 +62,9 @@ def test_without_a_validation_split_nobody_counts(opened, tmp_path, rows):
     if rows is not None:
         write_split(tmp_path / "data" / "shards" / "validation", random_journeys(rows))
     assert opened(rank=0) == (None, ()) and not (tmp_path / "runs").exists()
+
+
+def test_a_stopped_run_leaves_with_the_code_asked_for():
+    config = PretrainConfig(run={"stopped_exit_code": 75}, train={"schedule": {"num_steps": 10}})
+    assert [start.exit_code(config, Progress(step=step)) for step in (0, 9, 10)] == [75, 75, 0]
+    assert start.exit_code(PretrainConfig(), Progress(step=1)) == 0
