@@ -53,10 +53,11 @@ def to_yaml(config: Config) -> str:
 
 
 def parse_cli(cls: type[C], description: str, default_config: str | Path | None = None, argv: list[str] | None = None,
-              flags: dict[str, str] | None = None) -> tuple[C, argparse.Namespace]:
+              flags: dict[str, str] | None = None, words: str | None = None) -> tuple[C, argparse.Namespace]:
     """Command line of every `launch/*.py`: `--config FILE`, `--dry-run`, `--help`, dotted overrides, and extra boolean `flags`.
 
-    Args: flags: option name -> help text, e.g. {"--resume-from-best": "..."}; all are switches.
+    Args: flags: option name -> help text, e.g. {"--resume-from-best": "..."}; all are switches. words: the setting, a list, that takes
+        the arguments that are no key=value.
     Returns: (config, namespace); `namespace.dry_run` asks the script to check everything and stop.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -68,6 +69,8 @@ def parse_cli(cls: type[C], description: str, default_config: str | Path | None 
         parser.add_argument(name, action="store_true", help=text)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. train.schedule.lr=3e-4")
     args = parser.parse_intermixed_args(sys.argv[1:] if argv is None else argv)
+    if words and (found := [word for word in args.overrides if "=" not in word]):
+        args.overrides = [f"{words}={yaml.safe_dump(found, default_flow_style=True)}", *(text for text in args.overrides if "=" in text)]
     return load_config(cls, args.config, args.overrides), args
 
 

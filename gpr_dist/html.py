@@ -15,8 +15,9 @@ from markupsafe import Markup
 
 SERIES = tuple(f"#0000a{digit}" for digit in range(1, 7))
 """Colours of up to six series; give them to matplotlib, the page shows its own."""
-INK, FAINT = "#0000b1", "#0000b2"
-_STAND_INS = {**{colour: f"var(--series-{number})" for number, colour in enumerate(SERIES, 1)}, INK: "var(--ink)", FAINT: "var(--faint)"}
+INK, FAINT, ALARM = "#0000b1", "#0000b2", "#0000b3"
+_STAND_INS = {**{colour: f"var(--series-{number})" for number, colour in enumerate(SERIES, 1)}, INK: "var(--ink)",
+              FAINT: "var(--faint)", ALARM: "var(--alarm)"}
 _STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "", "font.size": 9, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT,
     "xtick.color": FAINT, "ytick.color": FAINT, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "grid.color": FAINT, "grid.alpha": 0.35,
@@ -95,7 +96,7 @@ def draw(paint: Callable[[Any], None], caption: str, width: float = 5.4, height:
     """A plot as inline SVG; the same input gives the same bytes.
 
     Args:
-        paint: draws on the matplotlib axes it is given, in matplotlib's default colours or `SERIES`, `INK` and `FAINT`.
+        paint: draws on the matplotlib axes it is given, in matplotlib's default colours or `SERIES`, `INK`, `FAINT` and `ALARM`.
         caption: what is seen and how to read it.
         width, height: inches; the page scales the drawing down where it is narrower.
     """

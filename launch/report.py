@@ -3,13 +3,14 @@
 Each prints a text table and writes JSON and one HTML page that needs no network. With --strict an alarm makes the exit code 1.
 """
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data_pipeline.tokenize_items import FitTokenizerConfig, catalogue_table, open_catalogue
 from gpr_dist.config import Config, parse_cli, to_yaml
@@ -17,12 +18,15 @@ from gpr_dist.data.counts import count_ads
 from gpr_dist.data.reader import ShardReader
 from gpr_dist.data.sampler import World
 from gpr_dist.errors import ConfigError, TokenizerError, run_cli
-from gpr_dist.html import Alarm
+from gpr_dist.html import SERIES, Alarm
+from gpr_dist.schema import write_atomic
 from gpr_dist.tokenizer.drift import DriftConfig
 from gpr_dist.tokenizer.drift_page import format_drift, write_drift
 from gpr_dist.tokenizer.report import ReportConfig, read_embeddings, read_items
 from gpr_dist.tokenizer.report_page import format_text, write_report
 from gpr_dist.tokenizer.semantic_ids import SemanticIds
+from gpr_dist.training.run_log import read_run
+from gpr_dist.training.run_page import format_runs, run_alarms, run_page, summary
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs/tokenizer/complete_journey.yaml"
 
@@ -121,9 +125,36 @@ def count_shown(shards: Path, bundle: SemanticIds, max_tokens: int) -> np.ndarra
     return count_ads(reader, World(0, max(1, -(-reader.manifest.num_tokens // max_tokens))), bundle.num_items)
 
 
+class RunReportConfig(Config):
+    """Which training runs are shown."""
+
+    runs: tuple[Path, ...] = ()
+    """run folders, shown beside each other; also without "runs=", one after another"""
+    report_folder: Path | None = None
+    """where run.json and run.html go; none = the first run's folder"""
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunReportConfig":
+        if not 0 < len(self.runs) <= len(SERIES):
+            raise ValueError(f"runs: {len(self.runs)} folders; give 1 to {len(SERIES)}, as many as there are colours")
+        return self
+
+
+def report_runs(config: RunReportConfig) -> tuple[Alarm, ...]:
+    """Show training runs from their folders, while they run or later. Returns: alerts and failures."""
+    runs = [read_run(folder) for folder in config.runs]
+    folder = config.report_folder or config.runs[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "run.json", json.dumps([summary(run) for run in runs], indent=1).encode())
+    write_atomic(folder / "run.html", run_page(runs).encode())
+    print(f"{format_runs(runs)}\n{folder / 'run.html'}")
+    return run_alarms(runs)
+
+
 COMMANDS: dict[str, tuple[type[Config], Path | None, Callable, str]] = {
     "tokenizer": (TokenizerReportConfig, DEFAULT_CONFIG, report_tokenizer, "quality of a tokenizer bundle on its catalogue, with alarms"),
     "drift": (DriftReportConfig, None, report_drift, "today's items beside those a tokenizer was fitted on, with alarms"),
+    "run": (RunReportConfig, None, report_runs, "training runs beside each other: run runs/a [runs/b ...]"),
 }
 
 
@@ -136,7 +167,8 @@ def main() -> int:
     if name not in COMMANDS:
         raise ConfigError(f"unknown report {name!r}; there is: {', '.join(COMMANDS)}")
     config_class, default, run, text = COMMANDS[name]
-    config, args = parse_cli(config_class, text, default, sys.argv[2:], {"--strict": "exit code 1 when there is an alarm"})
+    config, args = parse_cli(config_class, text, default, sys.argv[2:], {"--strict": "exit code 1 when there is an alarm"},
+                             words="runs" if name == "run" else None)
     if args.dry_run:
         print(to_yaml(config), end="")
         return 0
