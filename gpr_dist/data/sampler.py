@@ -168,38 +168,48 @@ def pack_steps(rows_SCg: np.ndarray, tokens_SCg: np.ndarray, world: World, micro
                quadratic_at: int) -> list[list[np.ndarray]]:
     """This rank's micro-batches of some steps: arrays of global row numbers, in a step equally many on every rank.
 
-    A micro-batch has at most `micro_batch_tokens` tokens, unless a single longer row is alone in it. The number of micro-batches of
-    a step is the smallest found for which the rows of every rank fit; a rank spreads its rows over all of them by work, and may be
-    left with empty ones. All steps in one call, because a step of a few hundred rows costs more in calls than in arithmetic.
+    A micro-batch has at most `micro_batch_tokens` tokens, unless a single longer row is alone in it; a rank spreads its rows over all
+    of them by work, and may be left with empty ones.
     """
-    num_steps, num_streams, step_rows = rows_SCg.shape
-    bounds = np.arange(world.size + 1) * num_streams // world.size
-    per_rank = np.diff(bounds) * step_rows
-    slots_WK = np.arange(per_rank.max()) < per_rank[:, None]
-    tokens_SWK = np.zeros((num_steps, *slots_WK.shape), np.int64)
-    tokens_SWK[:, slots_WK] = tokens_SCg.reshape(num_steps, -1)
-    longest_first_SWK = -np.sort(-tokens_SWK, axis=2)
-    longest_first_SWK = longest_first_SWK[:, :, :int((longest_first_SWK > 0).sum(2).max())]
-    num_bins_S = _fewest_bins(longest_first_SWK, micro_batch_tokens)
-    bins_SK = np.zeros((num_steps, per_rank[world.rank]), np.int64)  # of this rank
-    packed_S = np.zeros(num_steps, bool)
-    while not packed_S.all():
-        num_bins = num_bins_S[~packed_S].min()
-        steps = np.flatnonzero(~packed_S & (num_bins_S == num_bins))
-        bins_XK, fits_X = spread(np.concatenate(longest_first_SWK[steps]), num_bins, micro_batch_tokens, quadratic_at)
-        fits = fits_X.reshape(len(steps), -1).all(1)
-        most = min(bins_SK.shape[1], bins_XK.shape[1])
-        bins_SK[steps, :most] = bins_XK.reshape(len(steps), world.size, -1)[:, world.rank, :most]
-        packed_S[steps] = fits
-        num_bins_S[steps[~fits]] += max(1, num_bins // 32)
+    num_steps, num_streams, _ = rows_SCg.shape
+    _, bins_SWK, num_bins_S = pack_ranks(tokens_SCg, world.size, micro_batch_tokens, quadratic_at)
     mine = owned_streams(num_streams, world)
     rows_SK, tokens_SK = (values_SCg[:, mine].reshape(num_steps, -1) for values_SCg in (rows_SCg, tokens_SCg))
     longest_first_SK = np.argsort(-tokens_SK, axis=1, kind="stable")
+    bins_SK = bins_SWK[:, world.rank, :longest_first_SK.shape[1]]
     by_bin_SK = np.argsort(bins_SK, axis=1, kind="stable")
     rows_SK = np.take_along_axis(rows_SK, np.take_along_axis(longest_first_SK, by_bin_SK, 1), 1)
     bins_SK = np.sort(bins_SK, axis=1)
     return [[packed[packed >= 0] for packed in np.split(rows_K, np.searchsorted(bins_K, np.arange(1, num_bins)))]
             for rows_K, bins_K, num_bins in zip(rows_SK, bins_SK, num_bins_S, strict=True)]
+
+
+def pack_ranks(tokens_SCg: np.ndarray, world_size: int, micro_batch_tokens: int,
+               quadratic_at: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens of each rank's rows, longest first [S, W, K] (0 is no row), their micro-batches [S, W, K], and how many a step has [S].
+
+    The number of micro-batches of a step is the smallest found for which the rows of every rank fit. All steps in one call, because a
+    step of a few hundred rows costs more in calls than in arithmetic.
+    """
+    num_steps, num_streams, step_rows = tokens_SCg.shape
+    bounds = np.arange(world_size + 1) * num_streams // world_size
+    per_rank = np.diff(bounds) * step_rows
+    slots_WK = np.arange(per_rank.max()) < per_rank[:, None]
+    tokens_SWK = np.zeros((num_steps, *slots_WK.shape), np.int64)
+    tokens_SWK[:, slots_WK] = tokens_SCg.reshape(num_steps, -1)
+    longest_first_SWK = -np.sort(-tokens_SWK, axis=2)
+    num_bins_S = _fewest_bins(longest_first_SWK, micro_batch_tokens)
+    bins_SWK = np.zeros(longest_first_SWK.shape, np.int64)
+    packed_S = np.zeros(num_steps, bool)
+    while not packed_S.all():
+        num_bins = num_bins_S[~packed_S].min()
+        steps = np.flatnonzero(~packed_S & (num_bins_S == num_bins))
+        bins_XK, fits_X = spread(np.concatenate(longest_first_SWK[steps]), num_bins, micro_batch_tokens, quadratic_at)
+        bins_SWK[steps] = bins_XK.reshape(len(steps), world_size, -1)
+        fits = fits_X.reshape(len(steps), -1).all(1)
+        packed_S[steps] = fits
+        num_bins_S[steps[~fits]] += max(1, num_bins // 32)
+    return longest_first_SWK, bins_SWK, num_bins_S
 
 
 def spread(tokens_XK: np.ndarray, num_bins: int, budget: int, quadratic_at: int) -> tuple[np.ndarray, np.ndarray]:

@@ -22,6 +22,7 @@ from gpr_dist.tokenizer.fit import fit_tokenizer
 
 CODES = np.random.default_rng(0).integers(0, 32, (NUM_ITEMS, 3))
 CONFIG = LoaderConfig(seed=5, global_batch_size=24, num_streams=8, shuffle_rows=12, micro_batch_tokens=300)
+BY_WORK = CONFIG.model_copy(update={"balance": "work"})
 JOURNEYS = random_journeys(403, seed=1)
 
 PLAIN_FIELDS = [field for field in dataclasses.fields(Batch) if field.default is dataclasses.MISSING]  # others are added after collate
@@ -51,16 +52,16 @@ def equal(a, b):
     return all(torch.equal(torch.nan_to_num(getattr(a, f.name)), torch.nan_to_num(getattr(b, f.name))) for f in PLAIN_FIELDS)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
-def test_every_row_once_per_epoch_and_steps_alike_for_any_number_of_ranks(folder, world_size):
-    ranks = loaders(folder, world_size)
+@pytest.mark.parametrize("config,world_size", [*((CONFIG, size) for size in (1, 2, 3, 4, 8)), (BY_WORK, 2), (BY_WORK, 8)])
+def test_every_row_once_per_epoch_and_steps_alike_for_any_number_of_ranks(folder, config, world_size):
+    ranks = loaders(folder, world_size, config)
     num_steps = ranks[0].steps_per_epoch
     steps = run(ranks, 2 * num_steps)
     for epoch in range(2):
         rows = itertools.chain(*steps[epoch * num_steps:(epoch + 1) * num_steps])
         assert sorted(rows) == list(range(403))
     assert steps[:num_steps] != steps[num_steps:]
-    assert steps == run(loaders(folder, 1), 2 * num_steps)
+    assert steps == run(loaders(folder, 1, config), 2 * num_steps)
     assert ranks[0].state_dict()["epoch"] == 2 and ranks[0].state_dict()["step"] == 0
 
 
@@ -98,15 +99,16 @@ def test_first_step_comes_before_a_pass_over_the_data(folder):
     assert loader.reader.num_batches_read < loader.reader.num_batches
 
 
-@pytest.mark.parametrize("before,after", [(1, 1), (2, 1), (1, 4), (4, 8), (3, 2)])
+@pytest.mark.parametrize("config,before,after",
+                         [*((CONFIG, *ranks) for ranks in ((1, 1), (2, 1), (1, 4), (4, 8), (3, 2))), (BY_WORK, 1, 4), (BY_WORK, 8, 2)])
 @pytest.mark.parametrize("stop_at", [1, 7, 17, 20])
-def test_resume_anywhere_on_any_number_of_ranks(folder, before, after, stop_at):
-    straight = run(loaders(folder, 1), stop_at + 20)
-    first = loaders(folder, before)
+def test_resume_anywhere_on_any_number_of_ranks(folder, config, before, after, stop_at):
+    straight = run(loaders(folder, 1, config), stop_at + 20)
+    first = loaders(folder, before, config)
     assert run(first, stop_at) == straight[:stop_at]
     states = [json.loads(json.dumps(loader.state_dict())) for loader in first]
     assert all(state == states[0] for state in states) and len(states[0]) < 10
-    second = loaders(folder, after)
+    second = loaders(folder, after, config)
     for loader in second:
         loader.load_state_dict(states[0])
     assert run(second, 20) == straight[stop_at:]
@@ -151,10 +153,12 @@ def test_changed_data_seed_or_batch_size_is_refused(folder, tmp_path):
     other = build_loader(tmp_path, CONFIG, World(), CODES, 4)
     with pytest.raises(DataError, match=rf"fingerprint {state['fingerprint']}, but .* give {other.state_dict()['fingerprint']}"):
         other.load_state_dict(state)
-    for change in ({"seed": 6}, {"global_batch_size": 48}, {"num_streams": 4}, {"shuffle_rows": 24}):
+    for change in ({"seed": 6}, {"global_batch_size": 48}, {"num_streams": 4}, {"shuffle_rows": 24}, {"balance": "work"}):
         with pytest.raises(DataError, match="cannot resume"):
             loaders(folder, 1, CONFIG.model_copy(update=change))[0].load_state_dict(state)
     loaders(folder, 2, CONFIG.model_copy(update={"micro_batch_tokens": 999, "prefetch_steps": 0}))[0].load_state_dict(state)
+    del state["balance"]  # as checkpoints were before there was a choice
+    loaders(folder, 1)[0].load_state_dict(state)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 40])
