@@ -65,6 +65,6 @@ def test_without_a_validation_split_nobody_counts(opened, tmp_path, rows):
 
 
 def test_a_stopped_run_leaves_with_the_code_asked_for():
-    config = PretrainConfig(run={"stopped_exit_code": 75}, train={"schedule": {"num_steps": 10}})
+    config = PretrainConfig(run={"stopped_exit_code": 75}, train={"schedule": {"num_steps": 10, "warmup_steps": 0}})
     assert [start.exit_code(config, Progress(step=step)) for step in (0, 9, 10)] == [75, 75, 0]
     assert start.exit_code(PretrainConfig(), Progress(step=1)) == 0
