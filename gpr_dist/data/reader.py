@@ -10,6 +10,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -116,7 +117,10 @@ class ShardReader:
     def _read_manifest(self) -> ShardManifest:
         where = f"{self.folder}/manifest.json"
         try:
-            return ShardManifest.parse(self.storage.read_all("manifest.json"), where)
+            content = self.storage.read_all("manifest.json")
+            with suppress(DataError):
+                return ShardManifest.parse(content, where)
+            return ShardManifest.parse(content if self.is_local else self.storage.read_all("manifest.json"), where)  # it may have been cut
         except FileNotFoundError:
             raise DataError(f"{where} does not exist: no data set there, or its build was interrupted; run launch/build_data.py") from None
         except OSError as error:

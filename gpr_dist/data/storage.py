@@ -8,6 +8,7 @@ than two seconds in all, and would multiply with ours. Its timeouts are used, an
 nothing arrives, not one on which little does; so an attempt is also given up by the clock.
 """
 
+import functools
 import logging
 import os
 import random
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import pyarrow as pa
 from pyarrow import fs
@@ -151,13 +153,19 @@ def shown(uri: str) -> str:
 
 
 def _open_uri(uri: str, config: StorageConfig) -> tuple[fs.FileSystem, str]:
-    files, path = fs.FileSystem.from_uri(uri)
+    parts = urlsplit(uri)
+    files, root = _open_store(urlunsplit(parts._replace(path="/")), config)
+    return files, f"{root.rstrip('/')}{unquote(parts.path)}"
+
+
+@functools.cache  # pyarrow makes an S3 client only when no request of the process is under way: one that crawls would hold up the next
+def _open_store(uri: str, config: StorageConfig) -> tuple[fs.FileSystem, str]:
+    files, root = fs.FileSystem.from_uri(uri)
     if isinstance(files, fs.S3FileSystem):  # from_uri takes no timeouts: make it again from what it would be pickled as
         _, (options,) = files.__reduce__()
-        retry_never = fs.AwsStandardS3RetryStrategy(max_attempts=1)
-        files = fs.S3FileSystem(**options | {"request_timeout": config.stall_s, "connect_timeout": config.connect_s,
-                                             "retry_strategy": retry_never})
-    return files, path
+        options |= {"request_timeout": config.stall_s, "connect_timeout": config.connect_s}
+        files = fs.S3FileSystem(**options, retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1))
+    return files, root
 
 
 def _within(seconds: float, read: Callable[[], T]) -> T:
