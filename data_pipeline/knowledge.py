@@ -257,7 +257,7 @@ def _find_rows(shards: Path, manifest: ShardManifest, index: _Index, config: Bui
         raise DataError(f"{num_missing} of {len(rows)} journeys of {shards} have no text in {given.path} older than they are; "
                         f"max_missing_frac={config.max_missing_frac} allows {config.max_missing_frac:.0%}; give more or older texts "
                         "(template.every_days), or raise it")
-    name, checksum = _save_array(config.out, "rows", rows)
+    name, checksum = save_array(config.out, "rows", rows)
     return {manifest.fingerprint: KnowledgeRows(split=manifest.split, file=name, checksum=checksum, num_rows=len(rows),
                                                 num_missing=num_missing)}
 
@@ -357,7 +357,7 @@ def _write_vectors(out: Path, given: GivenTextsConfig, encode: Encode, shape: tu
                 bar.update(len(made))
         blocks += [xxhash.xxh3_64_intdigest(held)] if len(held) else []
         vectors_KmE.flush()
-        blocks_name, checksum = _save_array(out, "blocks", np.array(blocks, np.uint64))
+        blocks_name, checksum = save_array(out, "blocks", np.array(blocks, np.uint64))
         name = f"vectors-{checksum}.npy"
         os.replace(temporary, out / name)
     finally:
@@ -365,7 +365,7 @@ def _write_vectors(out: Path, given: GivenTextsConfig, encode: Encode, shape: tu
     return name, blocks_name, checksum
 
 
-def _save_array(folder: Path, kind: str, values: np.ndarray) -> tuple[str, str]:
+def save_array(folder: Path, kind: str, values: np.ndarray) -> tuple[str, str]:
     """Write .npy under a name that carries its content's hash. Returns: name, xxh3_64 of the file."""
     sink = pa.BufferOutputStream()
     np.save(sink, values, allow_pickle=False)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -100,9 +101,9 @@ class ShardWriter:
         self._pending, self._num_pending = [], 0
         self._finish_file()
         stem = self.folder / f"part-{self.part:05d}"
-        write_atomic(stem.with_suffix(".index.arrow"), _table_bytes(pa.Table.from_batches(self._index, INDEX_SCHEMA)))
+        write_atomic(stem.with_suffix(".index.arrow"), table_bytes(pa.Table.from_batches(self._index, INDEX_SCHEMA)))
         stats = np.concatenate(self._stats) if self._stats else np.zeros((0, len(ROW_STATS)), np.int32)
-        write_atomic(stem.with_suffix(".rows.npy"), _npy_header(len(stats)) + stats.tobytes())
+        write_atomic(stem.with_suffix(".rows.npy"), npy_header(len(stats)) + stats.tobytes())
         sidecar = {"container": self.config.container, "compression": self.config.compression,
                    "shards": [shard.model_dump() for shard in self._shards], "num_rows": self._num_rows, "num_tokens": self._num_tokens,
                    "num_targets": self._num_targets, "num_batches": sum(batch.num_rows for batch in self._index),
@@ -115,8 +116,7 @@ class ShardWriter:
         batch = batch.take(pa.array(np.arange(batch.num_rows)))
         if self._file is None:
             name = f"part-{self.part:05d}-{len(self._shards):04d}{SUFFIX[self.config.container]}"
-            kind = _ArrowFile if self.config.container == "arrow" else _TarFile
-            self._file = kind(self.folder / name, self.config.compression)
+            self._file = new_shard(self.folder / name, self.config.container, self.config.compression)
         self._file.write(batch)
         self._content.update(batch.drop_columns(["user_id"]).serialize())  # no part of what a model learns: another salt, the same data
         stats = row_stats(batch)
@@ -179,7 +179,7 @@ def write_manifest(folder: str | Path, split: str, user_features: Sequence[str],
         num_batches=sum(part["num_batches"] for part in parts), first_timestamp=min(first, default=0), last_timestamp=max(last, default=0),
         user_features=tuple(user_features), env_features=tuple(env_features), catalogue_fingerprint=catalogue_fingerprint,
         num_items=num_items, content_checksum=xxhash.xxh3_128_hexdigest("".join(part["content_checksum"] for part in parts).encode()),
-        index_checksum=_sha256(folder / "index.arrow", folder / "rows.npy"))
+        index_checksum=sha256_of(folder / "index.arrow", folder / "rows.npy"))
     manifest.save(folder)
     for path in paths:
         for sidecar in (path, path.with_suffix(".index.arrow"), path.with_suffix(".rows.npy")):
@@ -193,22 +193,46 @@ def iter_record_batches(folder: Path, seed: int | None = None, hint: str = "") -
     Args: hint: what else a user can do when there are no shards, for the message.
     Raises: DataError when the folder cannot be read or a batch is damaged.
     """
-    try:
-        manifest = ShardManifest.parse((folder / "manifest.json").read_bytes(), str(folder / "manifest.json"))
-        index = pa.ipc.open_file(folder / manifest.index_file).read_all()
-        names = [inside(folder, shard.name, folder / "manifest.json", DataError) for shard in manifest.shards]
-        files = [pa.memory_map(str(name)).read_buffer() for name in names]
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"shards {folder} cannot be read ({error}); run launch/build_data.py first{hint}") from None
-    shard, offset, num_bytes, checksum = (index[name].to_numpy() for name in ("shard", "offset", "num_bytes", "checksum"))
-    for i in range(len(index)) if seed is None else np.random.default_rng(seed).permutation(len(index)):
-        content = memoryview(files[shard[i]])[offset[i]:offset[i] + num_bytes[i]]
-        if xxhash.xxh3_64_intdigest(content) != checksum[i]:
-            raise DataError(f"{folder / manifest.shards[shard[i]].name}: record batch at byte {offset[i]} is damaged; rebuild the shards")
-        if manifest.container == "arrow":
-            yield pa.ipc.read_record_batch(pa.ipc.read_message(content), JOURNEY_SCHEMA)
-        else:
-            yield pa.ipc.open_stream(content).read_next_batch()
+    split = LocalSplit.open(folder, hint)
+    for number in range(split.num_batches) if seed is None else np.random.default_rng(seed).permutation(split.num_batches):
+        yield split.batch(number)
+
+
+@dataclass(frozen=True)
+class LocalSplit:
+    """A local split folder of either container, every file of it mapped."""
+
+    folder: Path
+    manifest: ShardManifest
+    index: dict[str, np.ndarray]  # columns of INDEX_SCHEMA
+    files: list[pa.Buffer]  # of every shard
+
+    @classmethod
+    def open(cls, folder: Path, hint: str = "") -> "LocalSplit":
+        """Raises: DataError when it cannot be read."""
+        try:
+            manifest = ShardManifest.parse((folder / "manifest.json").read_bytes(), str(folder / "manifest.json"))
+            index = pa.ipc.open_file(inside(folder, manifest.index_file, folder / "manifest.json", DataError)).read_all()
+            paths = [inside(folder, shard.name, folder / "manifest.json", DataError) for shard in manifest.shards]
+            files = [pa.memory_map(str(path)).read_buffer() for path in paths]
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DataError(f"shards {folder} cannot be read ({error}); run launch/build_data.py first{hint}") from None
+        return cls(folder, manifest, {name: index[name].to_numpy() for name in INDEX_SCHEMA.names}, files)
+
+    @property
+    def num_batches(self) -> int:
+        return len(self.index["shard"])
+
+    def batch(self, number: int) -> pa.RecordBatch:
+        """Raises: DataError when it is damaged."""
+        shard, offset, num_bytes, checksum = (int(self.index[name][number]) for name in ("shard", "offset", "num_bytes", "checksum"))
+        content = memoryview(self.files[shard])[offset:offset + num_bytes]
+        if xxhash.xxh3_64_intdigest(content) != checksum:
+            name = self.manifest.shards[shard].name
+            raise DataError(f"{self.folder / name}: record batch at byte {offset} is damaged; rebuild the shards")
+        if self.manifest.container == "arrow":
+            return pa.ipc.read_record_batch(pa.ipc.read_message(content), JOURNEY_SCHEMA)
+        return pa.ipc.open_stream(content).read_next_batch()
 
 
 def row_stats(batch: pa.RecordBatch) -> np.ndarray:
@@ -231,6 +255,11 @@ def row_stats(batch: pa.RecordBatch) -> np.ndarray:
         target_T &= ~(is_ad_T[first_T] & (block_T == block_T[first_T]))
     num_targets = np.bincount(row_T, weights=target_T, minlength=len(length))
     return np.stack([length - lookahead, num_targets], axis=1).astype(np.int32)
+
+
+def new_shard(path: Path, container: str, compression: str) -> "_ArrowFile | _TarFile":
+    """A shard file to write record batches to; it appears under its name when it is closed."""
+    return (_ArrowFile if container == "arrow" else _TarFile)(path, compression)
 
 
 class _ArrowFile:
@@ -337,20 +366,22 @@ def _merge_indexes(folder: Path, paths: list[Path], parts: list[dict]) -> None:
 def _merge_row_stats(folder: Path, paths: list[Path], num_rows: int) -> None:
     temporary = folder / "rows.npy.tmp"
     with open(temporary, "wb") as file:
-        file.write(_npy_header(num_rows))
+        file.write(npy_header(num_rows))
         for path in paths:
             file.write(np.load(path.with_suffix(".rows.npy"), allow_pickle=False).tobytes())
     _commit(temporary, folder / "rows.npy")
 
 
-def _npy_header(num_rows: int) -> bytes:
+def npy_header(num_rows: int) -> bytes:
+    """Of a file of ROW_STATS; the rows follow."""
     empty = np.lib.format.header_data_from_array_1_0(np.zeros((0, len(ROW_STATS)), np.int32))
     sink = pa.BufferOutputStream()
     np.lib.format.write_array_header_1_0(sink, empty | {"shape": (num_rows, len(ROW_STATS))})
     return sink.getvalue().to_pybytes()
 
 
-def _table_bytes(table: pa.Table) -> bytes:
+def table_bytes(table: pa.Table) -> bytes:
+    """As an Arrow IPC file."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
@@ -367,7 +398,8 @@ def _commit(temporary: Path, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def _sha256(*paths: Path) -> str:
+def sha256_of(*paths: Path) -> str:
+    """Of the bytes of these files, one after another."""
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
