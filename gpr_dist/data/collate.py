@@ -60,7 +60,8 @@ class JourneyColumns:
     def slice(self, begin: int, end: int) -> "JourneyColumns":
         """Views of rows begin .. end - 1."""
         def cut(offsets: np.ndarray) -> tuple[np.ndarray, slice]:
-            return offsets[begin:end + 1] - offsets[begin], slice(offsets[begin], offsets[end])
+            first, last = offsets.item(begin), offsets.item(end)
+            return offsets[begin:end + 1] - first, slice(first, last)
 
         token_offsets, tokens = cut(self.token_offsets)
         sides = {name: (cut(offsets), values) for name, (offsets, values) in self.sides.items()}

@@ -165,8 +165,10 @@ class HeldRows:
     """Rows of a split in memory, by their global row numbers."""
 
     first_row: np.ndarray
-    """global row number at the start of each record batch, increasing"""
-    num_rows: np.ndarray
+    """global row number at the start of each record batch, increasing, and one above all rows"""
+    end_row: np.ndarray
+    position: np.ndarray
+    """of a batch's rows in `stored`, less their global row number"""
     stored: StoredRows
     """the batches' rows in order"""
 
@@ -191,20 +193,20 @@ class HeldRows:
         kept |= {int(number): batch for number, batch, more in zip(numbers, batches, unfinished, strict=True) if more}
         present = numbers[[batch is not None for batch in batches]]
         stored = StoredRows.of([batch for batch in batches if batch is not None], columns)
-        return cls(reader.first_row[present], reader.num_rows[present], stored)
+        first_row, num_rows = reader.first_row[present], reader.num_rows[present].astype(np.int64)
+        return cls(np.append(first_row, np.iinfo(np.int64).max), first_row + num_rows, np.cumsum(num_rows) - num_rows - first_row, stored)
 
     def take(self, micro_batches: list[np.ndarray]) -> list[tuple[np.ndarray, JourneyColumns]]:
         """For each of the arrays of global row numbers: those of the rows that are here, and their journeys.
 
         One copy for all of them: the micro-batches are views of the same memory.
         """
-        rows = np.concatenate(micro_batches)
-        at = np.searchsorted(self.first_row, rows, side="right") - 1
-        end = np.append(self.first_row + self.num_rows, -1)  # of batch -1, which is none
-        here = np.flatnonzero(rows < end[at])
-        rows, at = rows[here], at[here]
-        journeys = self.stored.take(rows - self.first_row[at] + (np.cumsum(self.num_rows) - self.num_rows)[at])
-        bounds = np.searchsorted(here, np.cumsum([0, *map(len, micro_batches)]))
+        rows, bounds = np.concatenate(micro_batches), [0, *itertools.accumulate(map(len, micro_batches))]
+        at = self.end_row.searchsorted(rows, side="right")
+        present = np.flatnonzero(rows >= self.first_row.take(at))
+        if len(present) < len(rows):  # damaged batches were left out
+            rows, at, bounds = rows[present], at[present], present.searchsorted(bounds).tolist()
+        journeys = self.stored.take(rows + self.position.take(at))
         return [(rows[begin:end], journeys.slice(begin, end)) for begin, end in itertools.pairwise(bounds)]
 
 

@@ -6,6 +6,7 @@ are wanted is `loader.py`'s business, what is made of them `collate.py`'s.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cache
 from operator import itemgetter
 
 import numpy as np
@@ -29,7 +30,7 @@ class StoredRows:
     batch_R: np.ndarray
     num_context: np.ndarray
     num_lookahead: np.ndarray
-    names: Sequence[str]
+    names: tuple[str, ...]
     """list columns, those of the widest values first: copied end to end, all are aligned"""
     values_CQ: np.ndarray
     """address of the first value of each column and batch"""
@@ -57,7 +58,7 @@ class StoredRows:
         offsets = offsets.reshape(len(names), -1)
         last_Q = np.cumsum(num_rows_Q + 1) - 1
         first_CQ, last_CQ = offsets[:, last_Q - num_rows_Q], offsets[:, last_Q]
-        itemsize_C1 = _itemsizes(names)
+        itemsize_C1 = _layout(names)[2]
         if (first_CQ < 0).any() or (last_CQ.astype(np.int64) * itemsize_C1 > size_CQ).any():
             raise DataError(_OUTSIDE)
         if first_CQ.any():
@@ -77,27 +78,28 @@ class StoredRows:
 
     def take(self, rows: np.ndarray) -> JourneyColumns:
         """A copy of these rows (int64 positions) in this order, in the types they are stored in."""
-        batch_n = self.batch_R[rows]
+        batch_n = self.batch_R.take(rows)
         at_n = rows + batch_n
-        begin_Gn = self.offsets[:, at_n].astype(np.int64)
-        length_Gn = self.offsets[:, at_n + 1] - begin_Gn
-        groups = _groups(self.names)
-        group_C = [groups.index(name if name in groups else "token_type") for name in self.names]
-        itemsize_C1 = _itemsizes(self.names)
-        address_Cn = self.values_CQ[:, batch_n] + begin_Gn[group_C] * itemsize_C1
-        content = _copy(address_Cn, length_Gn[group_C] * itemsize_C1, self.batches)
-        offsets = {name: np.append(0, np.cumsum(length_n)) for name, length_n in zip(groups, length_Gn, strict=True)}
+        begin_Gn = self.offsets.take(at_n, axis=1).astype(np.int64)
+        length_Gn = self.offsets.take(at_n + 1, axis=1) - begin_Gn
+        groups, group_C, itemsize_C1 = _layout(self.names)
+        address_Cn = self.values_CQ.take(batch_n, axis=1) + begin_Gn.take(group_C, axis=0) * itemsize_C1
+        content = _copy(address_Cn, length_Gn.take(group_C, axis=0) * itemsize_C1, self.batches)
+        offsets_Gn1 = np.zeros((len(groups), len(rows) + 1), np.int64)
+        np.cumsum(length_Gn, axis=1, out=offsets_Gn1[:, 1:])
+        counts_G = offsets_Gn1[:, -1].tolist()
         values, end = {}, 0
-        for name, group in zip(self.names, group_C, strict=True):
-            begin, end = end, end + int(offsets[groups[group]][-1]) * STORED[name].itemsize
-            values[name] = np.frombuffer(content[begin:end], STORED[name])
-        return JourneyColumns(self.num_context[rows].astype(np.int64), self.num_lookahead[rows].astype(np.int64), offsets["token_type"],
-                              {name: values[name] for name in TOKEN_COLUMNS if name in values},
+        for name, group in zip(self.names, group_C.tolist(), strict=True):
+            values[name] = np.frombuffer(content, STORED[name], counts_G[group], end)
+            end += values[name].nbytes
+        offsets = dict(zip(groups, offsets_Gn1, strict=True))
+        return JourneyColumns(self.num_context.take(rows).astype(np.int64), self.num_lookahead.take(rows).astype(np.int64),
+                              offsets["token_type"], {name: values[name] for name in TOKEN_COLUMNS if name in values},
                               {name: (offsets[name], values[name]) for name in SIDE_COLUMNS if name in values})
 
 
-def _names(columns: Collection[str]) -> list[str]:
-    return sorted((name for name in STORED if name in columns), key=lambda name: -STORED[name].itemsize)
+def _names(columns: Collection[str]) -> tuple[str, ...]:
+    return tuple(sorted((name for name in STORED if name in columns), key=lambda name: -STORED[name].itemsize))
 
 
 def _groups(names: Sequence[str]) -> list[str]:
@@ -105,8 +107,12 @@ def _groups(names: Sequence[str]) -> list[str]:
     return ["token_type", *(name for name in SIDE_COLUMNS if name in names)]
 
 
-def _itemsizes(names: Sequence[str]) -> np.ndarray:
-    return np.array([[STORED[name].itemsize] for name in names])
+@cache
+def _layout(names: tuple[str, ...]) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Groups, group of each column [C], bytes of its values [C, 1]."""
+    groups = _groups(names)
+    group_C = np.array([groups.index(name if name in groups else "token_type") for name in names])
+    return groups, group_C, np.array([[STORED[name].itemsize] for name in names])
 
 
 def _buffers(batches: Sequence[pa.RecordBatch], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -132,7 +138,7 @@ def _copy(address: np.ndarray, num_bytes: np.ndarray, keep: object) -> memoryvie
     address, num_bytes = address.ravel(), num_bytes.ravel()
     total = int(num_bytes.sum())
     if total == 0:
-        return memoryview(b"")
+        return memoryview(bytearray())
     used = num_bytes > 0
     if not used.all():
         address, num_bytes = address[used], num_bytes[used]
