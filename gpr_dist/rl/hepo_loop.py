@@ -64,7 +64,7 @@ def fit_hepo(parts: Parts, loader: Loader, config: HepoFitConfig, run: Path, tra
         tracker.say(f"stopped at step {progress.step} by {guards.stopped}; raise that limit to go on")
         return progress
     saver = Saver(engine, run, config.checkpoint)
-    num_steps, skipped_in_a_row, old, alerts = config.schedule.num_steps, 0, None, Alerts(config.alerts)
+    num_steps, skipped_in_a_row, old, alerts = config.schedule.num_steps, 0, None, Alerts(config.alerts, progress.losses)
     if validate and not progress.step and config.validate_every_steps:
         _log_start(parts, validate, tracker)
     engine.train()

@@ -1,6 +1,6 @@
 """When a person should look: thresholds over the last steps of a run, in a few numbers of memory. Saying it is the tracker's part.
 
-The memory starts afresh with the process: after a restart the first `first_after_steps` steps only teach what is usual.
+The losses come back with a checkpoint; what speed is usual is learnt afresh by every process.
 """
 
 from collections import deque
@@ -43,9 +43,11 @@ class Alert(NamedTuple):
 class Alerts:
     """Feed it every step. The loss is the same on every rank, so all ranks see the same spikes; the speed is this rank's."""
 
-    def __init__(self, config: AlertConfig) -> None:
+    def __init__(self, config: AlertConfig, losses: list[float] | None = None) -> None:
+        """Args: losses: of the steps before, the last at the end; goes on being kept in this list."""
         self.config = config
-        self.losses, self.rates, self.waits, self.seconds = (deque(maxlen=config.window_steps) for _ in range(4))
+        self.losses = [] if losses is None else losses
+        self.rates, self.waits, self.seconds = (deque(maxlen=config.window_steps) for _ in range(3))
         self.last: dict[str, int] = {}
 
     def step(self, step: int, loss: float, rate: float, waited: float, seconds: float) -> list[Alert]:
@@ -61,6 +63,7 @@ class Alerts:
                                    f"{threshold:.4g}"))
         for memory, value in ((self.losses, loss), (self.rates, rate), (self.waits, waited), (self.seconds, seconds)):
             memory.append(value)
+        del self.losses[:-self.config.window_steps]
         if len(self.rates) >= self.config.first_after_steps:
             found += self._slow(step)
         new = [alert for alert in found if step - self.last.get(alert.kind, -self.config.repeat_after_steps) >=

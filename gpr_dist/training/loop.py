@@ -112,6 +112,7 @@ class Progress:
     best_step: int | None = None
     best_loss: float | None = None  # of train.best_metric; negative where more is better
     metrics: dict[str, float] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)  # of the last steps, by which alerts know a spike
 
 
 def fit(engine: Engine, loader: Loader, objective: Objective, config: FitConfig, model: GPRConfig, run: Path, tracker: Tracker,
@@ -135,7 +136,7 @@ def fit(engine: Engine, loader: Loader, objective: Objective, config: FitConfig,
         save_checkpoint(saver, loader, tracker, progress, state, last)
 
     saver = Saver(engine, run, config.checkpoint)
-    num_steps, skipped_in_a_row, saved_step, alerts = config.schedule.num_steps, 0, progress.step, Alerts(config.alerts)
+    num_steps, skipped_in_a_row, saved_step, alerts = config.schedule.num_steps, 0, progress.step, Alerts(config.alerts, progress.losses)
     engine.train()
     with stop_requested() as stop, profiled(config.profile, run, engine.rank, progress.step) as step_profiled:
         steps = iter(loader) if progress.step < num_steps else iter(())

@@ -20,6 +20,7 @@ GROUPS = {
 HIDDEN = ("progress", "nonfinite")
 EXACT = ("optimizer/lr", "optimizer/skipped_steps", "memory/rank_max")  # to be seen as they are
 FAMILY = re.compile(r"(head_|level_|after_|action_|.*@|.*/)(.+)")
+FIRST = ("total", "head", "level", "loss")  # families that lead their section
 MAX_POINTS, MAX_EVENTS, MAX_TRACES, MAX_ROWS = 300, 60, 12, 10
 ACTIONS = {"loss_spike": "Look at its rows under Loss spikes.", "not_finite": "Look at its rows under Loss spikes; the update was dropped.",
            "checkpoint_failed": "Make room or mend the storage, then start again: the run resumes.",
@@ -33,7 +34,7 @@ def run_page(runs: Sequence[RunLog]) -> str:
     first = runs[0].began
     subtitle = (f"commit {first.get('commit') or 'unknown'}, {first['world_size']} rank(s) on {first['device']}, "
                 f"{first['parameters']:,} parameters; last started {_time(first['time'])} UTC." if first and len(runs) == 1 else
-                "Thick: mean over 5 % of the steps. Thin: single steps, or their range where a run is long. Dashed: resumed there.")
+                "Thick: median over 5 % of the steps. Thin: single steps, or their range where a run is long. Dashed: resumed there.")
     changed = differences(runs)
     sections = [
         Section("Overview", [_overview(runs), *([Details(f"Settings that differ ({len(changed)})", [
@@ -103,8 +104,8 @@ def _tiles(run: RunLog) -> list[Tile]:
         if metric in run.curves:
             tiles.append(Tile(label, f"{np.median(run.curves[metric].values):,.0f}", "median step, all ranks"))
     tiles += [Tile("MFU", f"{np.median(run.curves['mfu'].values):.1%}", "median step")] if "mfu" in run.curves else []
-    tiles += [Tile("Waiting for data", f"{waited / spent:.1%}", "of the steps' time")] if spent else []
-    tiles += [Tile("Saving", f"{saved / (spent + saved):.1%}", "of steps' and saving time")] if spent and saved else []
+    saving = f"; saving took {saved / (spent + saved):.1%} on top" if saved else ""
+    tiles += [Tile("Waiting for data", f"{waited / spent:.1%}", f"of the steps' time{saving}")] if spent else []
     return tiles + ([Tile("Slowest rank", f"{gap:.3f} ×", "its own work over the mean")] if gap is not None else [])
 
 
@@ -137,11 +138,11 @@ def _panels(runs: Sequence[RunLog]) -> list[Section]:
     for group in [*(name for name in GROUPS if name in groups), *sorted(groups.keys() - GROUPS.keys() - set(HIDDEN))]:
         shown: list[Part] = []
         folded: list[Part] = []
-        for family, metrics in groups[group].items():
+        for family, metrics in sorted(groups[group].items(), key=lambda item: FIRST.index(item[0]) if item[0] in FIRST else len(FIRST)):
             if len(runs) == 1:
                 lines = [_Line(panel_of(metric).name, runs[0].curves[metric], SERIES[place % len(SERIES)], runs[0])
                          for place, metric in enumerate(metrics)]
-                shown.append(_figure(f"{group}/{family}", lines))
+                shown.append(_figure("/".join(panel_of(metrics[0])) if len(metrics) == 1 else f"{group}/{family}", lines))
                 continue
             for metric in metrics:
                 lines = [_Line(run.name, run.curves[metric], SERIES[place], run) for place, run in enumerate(runs) if metric in run.curves]
@@ -174,20 +175,19 @@ def _figure(title: str, lines: Sequence[_Line]) -> Figure:
 
 
 def _paint_curve(axes: Axes, line: _Line, window: int) -> None:
-    """Thick: means over `window` values. Behind it single values or, of many, the range of neighbours."""
+    """Thick: medians over `window` values. Behind it single values or, of many, the range of neighbours."""
     (steps, values), colour = line.curve, line.colour
     if len(values) <= 30:
         axes.plot(steps, values, color=colour, label=line.label, marker="o", markersize=3)
         return
-    mean = np.convolve(values, np.ones(window) / window, "valid")
     begins = np.linspace(0, len(values), MAX_POINTS, endpoint=False).astype(int)
     if len(values) > 2 * MAX_POINTS:
         axes.fill_between(steps[begins], np.minimum.reduceat(values, begins), np.maximum.reduceat(values, begins), color=colour, alpha=0.22,
                           linewidth=0)
     else:
         axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.45)
-    kept = np.unique(np.linspace(0, len(mean) - 1, MAX_POINTS).astype(int))
-    axes.plot(steps[window - 1:][kept], mean[kept], color=colour, label=line.label)
+    ends = np.unique(np.linspace(window, len(values), MAX_POINTS).astype(int))
+    axes.plot(steps[ends - 1], [np.median(values[end - window:end]) for end in ends], color=colour, label=line.label)
 
 
 def _paint_marks(axes: Axes, run: RunLog, high: float, colour: str) -> None:

@@ -62,3 +62,12 @@ def test_ranks_with_other_speeds_see_the_same_spikes():
     losses[70] = 9.0
     one, two = run(losses, rates=[1.0] * 100, waits=[0.9] * 100), run(losses)
     assert [alert for alert in one if alert[1] == "loss_spike"] == two == [(71, "loss_spike")]
+
+
+def test_a_resumed_run_knows_what_was_usual():
+    before, kept = noisy(100), []
+    alerts = Alerts(CONFIG, kept)
+    for step, loss in enumerate(before, 1):
+        alerts.step(step, loss, 1.0, 0.0, 1.0)
+    assert kept == before[-50:]
+    assert [alert.kind for alert in Alerts(CONFIG, list(kept)).step(101, 7.0, 1.0, 0.0, 1.0)] == ["loss_spike"]
