@@ -17,7 +17,7 @@ from gpr_dist.errors import DataError, TokenizerError, run_cli
 from gpr_dist.job import PretrainConfig, resolve, train_shards
 from gpr_dist.model.flops import TRAINING_FACTOR, Work, count_parameters, forward_flops
 from gpr_dist.model.gpr import GPRConfig
-from gpr_dist.model.memory import activation_bytes, state_bytes
+from gpr_dist.model.memory import activation_bytes, checkpoint_bytes, state_bytes
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "pretrain.yaml"
 ADS_PER_REQUEST = 2  # assumed: the first head learns every ad of a request, each later head one
@@ -105,6 +105,9 @@ def print_memory(config: PlanConfig, work: Work) -> None:
         states = state_bytes(total, stage, ranks, engine.precision)
         chosen = "  <- configured" if stage == engine.zero_stage else ""
         print(f"      ZeRO-{stage}  {states / 2**30:10.3f} + {activations / 2**30:.3f}{chosen}")
+    written = checkpoint_bytes(total, ranks)
+    print(f"a checkpoint: {written * ranks / 1e9:.4g} GB, {written / 1e9:.4g} GB by each rank"
+          f"{', which keeps as much host memory for the copy' if config.train.checkpoint.background else ''}")
 
 
 def print_flops(config: PlanConfig, work: Work) -> float:

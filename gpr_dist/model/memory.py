@@ -24,6 +24,11 @@ def state_bytes(num_parameters: int, zero_stage: int, world_size: int, precision
     return num_parameters * (parameters + gradients + optimizer)
 
 
+def checkpoint_bytes(num_parameters: int, world_size: int) -> float:
+    """What one rank writes of a checkpoint, and its copy takes of host memory: float32 weights and two moments, shared at any stage."""
+    return 12.0 * num_parameters / world_size
+
+
 def activation_bytes(config: GPRConfig, work: Work, share: float, precision: str) -> float:
     """Activations kept for the backward pass of one micro-batch: an estimate that counts the large tensors and errs upwards.
 

@@ -28,6 +28,7 @@ from gpr_dist.training.engine import STATES, Engine
 
 _LONGEST_PAUSE_S = 1.0  # between two looks for the other ranks' notes: a shared file system is asked seldom
 _JOIN_S = 0.05
+_PATIENCE_S = 10.0  # for the other ranks' threads, when the write of one failed
 
 
 def save(engine: Engine, run: Path, step: int, state: dict[str, Any]) -> Path:
@@ -43,14 +44,13 @@ class _Write:
         self.folder = folder
         self.problem: str | None = None
         self.given_up = threading.Event()
-        self.seconds = 0.0
+        self.started, self.seconds = time.monotonic(), 0.0
         self.thread = threading.Thread(target=self._run, args=(action,), name=folder.name, daemon=True)  # a crash does not wait for it
         self.thread.start()
 
     def _run(self, action: Callable[["_Write"], None]) -> None:
-        started = time.perf_counter()
         self.problem = _try(lambda: action(self))
-        self.seconds = time.perf_counter() - started
+        self.seconds = time.monotonic() - self.started
 
 
 class Saver:
@@ -92,12 +92,14 @@ class Saver:
         write = self._write
         if write is None:
             return False
-        mine = torch.tensor([float(write.thread.is_alive()), float(write.problem is not None)])  # in this order: no problem comes after
-        busy, failed = self._engine.all_reduce(mine, "max").tolist()
+        is_alive, limit = write.thread.is_alive(), self._engine.config.timeout_seconds  # first of all: no problem comes after its end
+        if is_alive and 0 < limit < time.monotonic() - write.started:  # asking for it counts as progress: no watchdog ends this
+            write.problem = f"not on disk after {limit:g} s, engine.timeout_seconds"
+        busy, failed = self._engine.all_reduce(torch.tensor([float(is_alive), float(write.problem is not None)]), "max").tolist()
         if failed:
             write.given_up.set()
-            write.thread.join()
-            self._engine.barrier()  # nobody writes there any more
+            write.thread.join(_PATIENCE_S)
+            self._engine.barrier()
             if self._engine.rank == 0 and not (write.folder / "manifest.json").exists():
                 shutil.rmtree(write.folder, ignore_errors=True)
             raise _failed(write.folder, write.problem)

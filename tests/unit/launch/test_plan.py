@@ -47,6 +47,7 @@ def test_numbers_of_the_default_config(monkeypatch, capsys, tmp_path, width, ran
     # float32: 4 bytes of weight, 4 of gradient, 8 of Adam moments
     for stage, size in enumerate((16.0, 8 + 8 / ranks, 4 + 12 / ranks, 16 / ranks)):
         assert float(printed(text, rf"ZeRO-{stage} +([\d.]+) \+")) == pytest.approx(total * size / 2**30, abs=5.1e-4)
+    assert float(printed(text, r"([\d.e-]+) GB by each rank")) == pytest.approx(12 * total / ranks / 1e9, rel=1e-3)
 
     # 32 journeys of 400 tokens and 60 ads; heads 2 to 4 have a target for every other ad
     tokens, pairs, openings, targets = 32 * 400, 32 * 400 * 400 // 2, 32 * 30 * 4, 32 * (60 + 3 * 30)
