@@ -2,6 +2,7 @@
 
 import sys
 
+import bench_checkpoint
 import bench_decode
 import bench_hepo
 import bench_loader
@@ -15,6 +16,7 @@ from gpr_dist.config import parse_cli, to_yaml
 from gpr_dist.errors import ConfigError, run_cli
 
 COMMANDS = {
+    "checkpoint": (bench_checkpoint.CheckpointBenchConfig, bench_checkpoint.run_bench, "how long training stands still for a checkpoint"),
     "decode": (bench_decode.DecodeBenchConfig, bench_decode.run_bench, "requests/s and latency of constrained decoding beside others"),
     "hepo": (bench_hepo.HepoBenchConfig, bench_hepo.run_bench, "rollouts and updates of the policy optimisation per second"),
     "loader": (bench_loader.LoaderBenchConfig, bench_loader.run_bench, "rows/s and MB/s of the streaming loader beside other loaders"),
