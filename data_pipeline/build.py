@@ -10,13 +10,11 @@ decided elsewhere (sources/, journeys.py, shards.py).
 import hashlib
 import json
 import math
-import multiprocessing
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from tqdm import tqdm
 from data_pipeline.catalogue import Catalogue, ItemCollector, ItemTableCollector, build_catalogue
 from data_pipeline.events import AD, ITEM_SCHEMA, ORGANIC, BadRows, encode_events, event_dtype, validate_events
 from data_pipeline.journeys import SPLITS, JourneyConfig, Users, build_journeys
+from data_pipeline.runner import Run, RunnerKind, open_runner
 from data_pipeline.shards import ShardConfig, ShardWriter, finished_parts, write_manifest
 from data_pipeline.sources import SourceConfig, open_source
 from data_pipeline.sources.base import Source, Task
@@ -74,8 +73,10 @@ class BuildConfig(Config):
     """memory for data per worker process, beside about 300 MB for the program itself; more data means more buckets, not more memory"""
     min_buckets: int = Field(default=8, ge=1)
     """buckets of users at least; one is the unit of work and of restart in pass 2, and the smallest number of shard files"""
+    runner: RunnerKind = "local"
+    """where both passes over the logs run: local = processes of this machine; ray = a Ray cluster whose nodes share the folders"""
     num_workers: int = Field(default=1, ge=1)
-    """processes; the output does not depend on it"""
+    """pieces worked on at a time, each by one process; the output depends neither on it nor on the runner"""
 
 
 class _Plan(Config):
@@ -98,8 +99,7 @@ def build_data(config: BuildConfig) -> Path:
     """
     started = time.monotonic()
     out = config.out
-    _opened.clear()  # files may have changed since an earlier build of this process
-    source = _open_once(config)
+    source = open_source(config.source)
     if config.catalogue.base and config.catalogue.base.resolve().is_relative_to(out.resolve()):
         raise ConfigError(f"catalogue.base={config.catalogue.base} lies in out={out}, which is rewritten; build into another folder")
     users = choose_users(config.users, out)
@@ -107,16 +107,18 @@ def build_data(config: BuildConfig) -> Path:
     if (summary := _read_json(out / "build.json")) and summary.get("key") == key:
         print(f"{out} is up to date ({summary['rows']} log rows)")
         return out
+    _opened.clear()
+    _opened[key] = source
     open_users(out, config.users.salt, users)  # asks for a missing salt before anything is removed
     plan = _start(config, source, key, users)
-    with _workers(config.num_workers) as pool:
-        bad_rows, counts, names = _read_logs(config, plan, source, pool)
+    with open_runner(config.runner, config.num_workers, config.memory_limit_bytes) as run:
+        bad_rows, counts, names = _read_logs(config, plan, source, run)
         bad_rows.check(config.max_bad_frac)
         if bad_rows.total == bad_rows.bad:
             raise DataError(f"the logs of {config.source.format} hold no usable row ({bad_rows.total:,} read); nothing to build")
         catalogue = _build_catalogue(config, plan, source)
         _build_eligibility(config, source, catalogue)
-        counts.update(_write_shards(config, plan, pool))
+        counts.update(_write_shards(config, plan, run))
     manifests = {split: write_manifest(out / "shards" / split, split, plan.user_features, plan.env_features, catalogue.fingerprint,
                                        catalogue.num_items) for split in reversed(SPLITS)}  # training starts when it sees the first split
     add_names(_read_json(out / ".build" / NAMES_FILE) or {}, names)
@@ -135,13 +137,13 @@ def describe_build(config: BuildConfig) -> list[str]:
     source = open_source(config.source)
     lines = source.describe()
     rows = sum(task.num_rows for task in source.tasks())
-    return [*lines, f"about {_num_buckets(config, rows)} buckets of users, {config.num_workers} workers, "
+    return [*lines, f"about {_num_buckets(config, rows)} buckets of users, {config.num_workers} {config.runner} workers, "
             f"{config.memory_limit_bytes / 2**30:.1f} GiB each; output: {config.out}"]
 
 
 def _build_key(config: BuildConfig, source: Source, users: str) -> str:
     """Changes with anything that changes the output: config, user salt, input files, base catalogue, version."""
-    settings = config.model_dump(mode="json", exclude={"num_workers", "out", "users"})
+    settings = config.model_dump(mode="json", exclude={"runner", "num_workers", "out", "users"})
     base = Catalogue(config.catalogue.base).fingerprint if config.catalogue.base else None
     content = [BUILD_VERSION, SCHEMA_VERSION, settings, users, source.inputs(), base]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
@@ -176,14 +178,14 @@ def _num_buckets(config: BuildConfig, rows: int) -> int:
 
 # ---------------------------------------------------------------------------------------------------------------- pass 1
 
-def _read_logs(config: BuildConfig, plan: _Plan, source: Source, pool: Executor | None) -> tuple[BadRows, Counter, ValueNames]:
+def _read_logs(config: BuildConfig, plan: _Plan, source: Source, run: Run) -> tuple[BadRows, Counter, ValueNames]:
     tasks = source.tasks()
     done = config.out / ".build" / "tasks"
     done.mkdir(exist_ok=True)
     left = [task for task in tasks if not (done / f"{task.order:06d}.json").exists()]
     with tqdm(total=sum(task.num_rows for task in tasks), desc="read logs", unit="row", unit_scale=True, mininterval=0.5) as bar:
         bar.update(sum(task.num_rows for task in tasks) - sum(task.num_rows for task in left))
-        for task in _run(pool, _read_task, [(config, plan, task) for task in left]):
+        for task in run(_read_task, [(config, plan, task) for task in left]):
             bar.update(task.num_rows)
     bad_rows, counts, names = BadRows(), Counter(), {}
     for task in tasks:
@@ -196,7 +198,7 @@ def _read_logs(config: BuildConfig, plan: _Plan, source: Source, pool: Executor 
 
 def _read_task(config: BuildConfig, plan: _Plan, task: Task) -> Task:
     """One piece of the log → records by bucket of the user, ids of users, sightings of items; the marker comes last."""
-    source, work = _open_once(config), config.out / ".build"
+    source, work = _open_once(config, plan), config.out / ".build"
     name = f"task-{task.order:06d}"
     for path in work.glob(f"*/{name}-*.arrow"):  # left by a killed run of this task
         path.unlink()
@@ -340,7 +342,7 @@ def _indices(catalogue: Catalogue, item_ids: pa.ChunkedArray) -> np.ndarray:
 
 # ---------------------------------------------------------------------------------------------------------------- pass 2
 
-def _write_shards(config: BuildConfig, plan: _Plan, pool: Executor | None) -> Counter:
+def _write_shards(config: BuildConfig, plan: _Plan, run: Run) -> Counter:
     folders = [config.out / "shards" / split for split in SPLITS]
     done = config.out / ".build" / "buckets"
     done.mkdir(exist_ok=True)
@@ -348,7 +350,7 @@ def _write_shards(config: BuildConfig, plan: _Plan, pool: Executor | None) -> Co
                                  for folder in folders))
     left = [bucket for bucket in range(plan.num_buckets) if bucket not in written or not (done / f"{bucket:06d}.json").exists()]
     with tqdm(total=plan.num_buckets, initial=plan.num_buckets - len(left), desc="journeys", unit="bucket", mininterval=0.5) as bar:
-        for _ in _run(pool, _write_bucket, [(config, plan, bucket) for bucket in left]):
+        for _ in run(_write_bucket, [(config, plan, bucket) for bucket in left]):
             bar.update()
     counts = Counter()
     for bucket in range(plan.num_buckets):
@@ -358,7 +360,7 @@ def _write_shards(config: BuildConfig, plan: _Plan, pool: Executor | None) -> Co
 
 def _write_bucket(config: BuildConfig, plan: _Plan, bucket: int) -> int:
     """All journeys of one bucket of users → part `bucket` of every split."""
-    source, work = _open_once(config), config.out / ".build"
+    source, work = _open_once(config, plan), config.out / ".build"
     catalogue = Catalogue(config.out / "catalogue")
     dtype = event_dtype(len(source.user_features), len(source.env_features))
     counts = Counter()
@@ -429,35 +431,12 @@ def _profile_dtype(num_features: int) -> np.dtype:
 _opened: dict[str, Source] = {}
 
 
-def _open_once(config: BuildConfig) -> Source:
-    """The source of this process: what it caches (sorted promotions, group keys) is made once per process."""
-    key = config.source.model_dump_json()
-    if key not in _opened:
+def _open_once(config: BuildConfig, plan: _Plan) -> Source:
+    """The source of this process: what it caches (sorted promotions, group keys) is made once per process and state of the logs."""
+    if plan.key not in _opened:
         _opened.clear()
-        _opened[key] = open_source(config.source)
-    return _opened[key]
-
-
-@contextmanager
-def _workers(num_workers: int) -> Iterator[Executor | None]:
-    """Processes for both passes; None = work in this one. A failure or Ctrl-C drops what has not begun."""
-    if num_workers == 1:
-        yield None
-        return
-    context = multiprocessing.get_context("spawn")  # fork would copy locks held by the threads of pyarrow and polars
-    with ProcessPoolExecutor(num_workers, mp_context=context) as pool:
-        try:
-            yield pool
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _run(pool: Executor | None, work: Callable[..., Any], arguments: list[tuple]) -> Iterator[Any]:
-    """work(*a) for every a; results in order."""
-    if pool is None or not arguments:
-        return (work(*a) for a in arguments)
-    return pool.map(work, *zip(*arguments, strict=True))
+        _opened[plan.key] = open_source(config.source)
+    return _opened[plan.key]
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
