@@ -9,6 +9,7 @@ the rows the data's fingerprint changes, and jobs that were trained on the old r
 import json
 import os
 import re
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -91,7 +92,9 @@ def erase_users(config: EraseConfig, dry_run: bool = False) -> list[Erased]:
             split.new.save(split.old.folder)
         _remove_unused(split.old.folder, split.new or split.old.manifest)
     history = data / "history"
-    if (history / "history.json").exists() and not is_history_of(history, data):
+    if not sum((split.new or split.old.manifest).num_rows for split in splits):
+        shutil.rmtree(history, ignore_errors=True)
+    elif (history / "history.json").exists() and not is_history_of(history, data):
         build_history(data, history)
     return splits
 
