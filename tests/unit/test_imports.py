@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LAYERS = [{"config", "schema", "errors", "safety", "html", "hashing", "network", "bundle"}, {"tokenizer", "data", "ops"}, {"model"},
-          {"objectives", "decoding"}, {"training"}, {"evaluation", "serving", "rl", "data_pipeline"}, {"job"}, {"start"}, {"launch"}]
+LAYERS = [{"config", "schema", "errors", "safety", "html", "hashing", "network", "host_facts", "bundle"}, {"tokenizer", "data", "ops"},
+          {"model"}, {"objectives", "decoding"}, {"training"}, {"evaluation", "serving", "rl", "data_pipeline"}, {"job"},
+          {"start", "doctor"}, {"launch"}]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 FILES = sorted(path for folder in ("gpr_dist", "data_pipeline", "launch") for path in (ROOT / folder).rglob("*.py"))
 WITHIN_ROOT = {("schema", "config"), ("schema", "errors"), ("config", "errors"), ("hashing", "errors"),
                ("bundle", "config"), ("bundle", "errors"), ("bundle", "schema"), ("bundle", "safety"), ("schema", "safety"),
-               ("config", "safety"), ("errors", "safety")}
+               ("config", "safety"), ("errors", "safety"), ("host_facts", "network")}
 ONLY_IN = {"deepspeed": "gpr_dist/training/engine.py", "wandb": "gpr_dist/training/tracker.py"}
 
 
