@@ -2,6 +2,7 @@
 
 import sys
 
+import bench_balance
 import bench_checkpoint
 import bench_decode
 import bench_hepo
@@ -16,6 +17,7 @@ from gpr_dist.config import parse_cli, to_yaml
 from gpr_dist.errors import ConfigError, run_cli
 
 COMMANDS = {
+    "balance": (bench_balance.BalanceBenchConfig, bench_balance.run_bench, "work of the slowest rank over the mean, by plan and measured"),
     "checkpoint": (bench_checkpoint.CheckpointBenchConfig, bench_checkpoint.run_bench, "how long training stands still for a checkpoint"),
     "decode": (bench_decode.DecodeBenchConfig, bench_decode.run_bench, "requests/s and latency of constrained decoding beside others"),
     "hepo": (bench_hepo.HepoBenchConfig, bench_hepo.run_bench, "rollouts and updates of the policy optimisation per second"),
