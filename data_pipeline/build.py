@@ -34,7 +34,7 @@ from data_pipeline.sources.base import Source, Task
 from data_pipeline.spill import Spill, batch_to_records, read_columns, read_partition, records_to_table
 from data_pipeline.users import UsersConfig, choose_users, open_users, record_users
 from data_pipeline.value_names import NAMES_FILE, ValueNames, add_names, count_names, write_names
-from gpr_dist.config import Config
+from gpr_dist.config import Config, public
 from gpr_dist.errors import ConfigError, DataError
 from gpr_dist.hashing import bucket_of, check_collisions, feature_id, hash_strings
 from gpr_dist.schema import NO_ITEM, SCHEMA_VERSION, ShardManifest, write_atomic
@@ -143,7 +143,7 @@ def describe_build(config: BuildConfig) -> list[str]:
 
 def _build_key(config: BuildConfig, source: Source, users: str) -> str:
     """Changes with anything that changes the output: config, user salt, input files, base catalogue, version."""
-    settings = config.model_dump(mode="json", exclude={"runner", "num_workers", "out", "users"})
+    settings = {name: value for name, value in public(config).items() if name not in ("runner", "num_workers", "out", "users")}
     base = Catalogue(config.catalogue.base).fingerprint if config.catalogue.base else None
     content = [BUILD_VERSION, SCHEMA_VERSION, settings, users, source.inputs(), base]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gpr_dist.errors import ConfigError
+from gpr_dist.safety import redacted
 
 
 class Config(BaseModel):
@@ -47,9 +48,14 @@ def build_config(cls: type[C], values: dict[str, Any], where: str) -> C:
         raise ConfigError(f"{where}: " + "; ".join(problems)) from None
 
 
+def public(config: Config) -> dict[str, Any]:
+    """Plain values of the resolved config for files, logs and trackers: without the credentials that a URI may carry (safety.redact)."""
+    return redacted(config.model_dump(mode="json"))
+
+
 def to_yaml(config: Config) -> str:
-    """The resolved config as YAML that `load_config` reads back to an equal object."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """`public` as YAML that `load_config` reads back to an equal object, but for credentials."""
+    return yaml.safe_dump(public(config), sort_keys=False)
 
 
 def parse_cli(cls: type[C], description: str, default_config: str | Path | None = None, argv: list[str] | None = None,

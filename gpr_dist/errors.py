@@ -10,6 +10,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from gpr_dist.safety import redact, redact_tracebacks
+
 OTHER_RANKS_WAIT_S = 3.0
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -42,19 +44,20 @@ def run_cli(main: Callable[[], int | None]) -> None:
     """Run a script's `main`; a `GPRError` or a full disk becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
 
     Bad input usually stops all ranks with the same message. Ranks other than 0 wait before they speak: by then the launcher has ended
-    them, unless the problem is theirs alone.
+    them, unless the problem is theirs alone. No message shows a credential.
     """
+    redact_tracebacks()
     try:
         code = main() or 0
     except GPRError as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(OTHER_RANKS_WAIT_S)
-        print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"{type(error).__name__}: {redact(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
         code = 2
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        where = f" while writing {error.filename}" if error.filename else ""
+        where = f" while writing {redact(str(error.filename))}" if error.filename else ""
         print(f"OSError: {error.strerror}{where}; make room and start again", file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:

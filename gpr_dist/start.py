@@ -19,7 +19,7 @@ import torch
 
 from data_pipeline.build import BuildConfig, build_data
 from data_pipeline.tokenize_items import FitTokenizerConfig, build_tokenizer
-from gpr_dist.config import load_config, to_yaml
+from gpr_dist.config import load_config, public, to_yaml
 from gpr_dist.data.candidates import ItemCandidates
 from gpr_dist.data.counts import count_ads
 from gpr_dist.data.eligibility import Eligibility
@@ -29,7 +29,8 @@ from gpr_dist.data.past import PastItems
 from gpr_dist.data.reader import ShardReader
 from gpr_dist.data.sampler import World
 from gpr_dist.errors import CheckpointError, ConfigError, DataError, run_cli
-from gpr_dist.evaluation.validate import build_validation, has_targets, open_catalogue, save_popularity
+from gpr_dist.evaluation.baselines import weigh_counts
+from gpr_dist.evaluation.validate import build_validation, count_before, has_targets, open_catalogue, save_popularity
 from gpr_dist.job import (
     DataConfig,
     PretrainConfig,
@@ -131,7 +132,7 @@ def open_tracker(job: Job, start: Start) -> Iterator[Tracker]:
     While it is open, a rank where nothing finishes for `engine.timeout_seconds` leaves.
     """
     config, engine = job.config, job.engine
-    tracker = Tracker(config.tracker, job.run, config.model_dump(mode="json"), engine.rank, config.train.schedule.num_steps,
+    tracker = Tracker(config.tracker, job.run, public(config), engine.rank, config.train.schedule.num_steps,
                       start.progress.step)
     if engine.rank == 0:
         write_atomic(job.run / "config.yaml", to_yaml(config).encode())
@@ -159,7 +160,7 @@ def open_tracker(job: Job, start: Start) -> Iterator[Tracker]:
 
 def checkpoint_facts(job: Job, start: Start) -> dict[str, Any]:
     """What every checkpoint of the run says beside its counters: plain JSON values."""
-    return {"fingerprints": job.fingerprints, "config": job.config.model_dump(mode="json"), "origin": start.origin,
+    return {"fingerprints": job.fingerprints, "config": public(job.config), "origin": start.origin,
             "stage": job.config.stage}
 
 
@@ -194,15 +195,16 @@ def exit_code(config: PretrainConfig, progress: Progress) -> int:
 
 
 def open_validation(job: Job, objective: Objective) -> Callable[[], dict[str, float]] | None:
-    """What `fit` calls to validate; none without a validation split. Rank 0 counts popularity, the others read its file (collective)."""
+    """What `fit` calls to validate; none without a validation split. Popularity is counted first, each rank its share (collective)."""
     config, engine = job.config, job.engine
     shards = split_shards(config.data)
     if not has_targets(Path(shards["validation"])):
         return None
-    path = job.run / "popularity.npy"
-    earlier = {split: shards[split] for split in ("train", "validation")}
-    together(lambda: save_popularity(path, earlier, job.semantic_ids.num_items, config.validation.baselines), only_if=engine.rank == 0)
-    catalogue = open_catalogue(job.semantic_ids, job.eligibility, np.load(path, allow_pickle=False), engine.device)
+    settings = config.validation.baselines
+    counts_3I = count_before(shards, "validation", job.semantic_ids.num_items, settings, World(engine.rank, engine.world_size))
+    popularity_I = weigh_counts(engine.all_reduce(torch.from_numpy(counts_3I)).cpu().numpy(), settings)
+    together(lambda: save_popularity(job.run / "popularity.npy", popularity_I), only_if=engine.rank == 0)
+    catalogue = open_catalogue(job.semantic_ids, job.eligibility, popularity_I, engine.device)
     return build_validation(engine, shards["validation"], catalogue, objective, config.validation, config.data.loader,
                             config.model.num_mtp_heads, job.legal, config.data.softmax, config.data.knowledge, job.candidates, job.past)
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from pydantic import field_validator
 
-from gpr_dist.config import Config, build_config, parse_cli
+from gpr_dist.config import Config, build_config, parse_cli, public
 from gpr_dist.data.eligibility import Eligibility
 from gpr_dist.data.loader import LoaderConfig, OnePass, iter_once
 from gpr_dist.data.reader import ShardReader
@@ -131,7 +131,7 @@ def main() -> int:
                          read_value_names(data.folder))
     write_report({"checkpoint": str(folder), "data": str(data.folder), "split": config.split, "models": models, "ks": config.settings.ks,
                   "exclude_seen": compare.exclude_seen, "level": config.bootstrap.level, **found, "values": values, "mix": mixed,
-                  "settings": config.model_dump(mode="json")}, out)
+                  "settings": public(config)}, out)
     return 0
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data_pipeline.synthetic import Truth
 from data_pipeline.users import open_users
-from gpr_dist.config import Config, build_config, parse_cli
+from gpr_dist.config import Config, build_config, parse_cli, public
 from gpr_dist.data.eligibility import Eligibility
 from gpr_dist.data.loader import LoaderConfig, OnePass, iter_once
 from gpr_dist.data.sampler import World
@@ -225,7 +225,7 @@ def report(results: dict[str, Any], folder: Path, data: DataConfig, requests: Re
     """Print the tables, write JSON."""
     log = requests.log
     write_atomic(out, json.dumps({"checkpoint": str(folder), "data": str(data.folder), "split": config.split,
-                                  "num_requests": log.num_requests, "policies": results, "settings": config.model_dump(mode="json")},
+                                  "num_requests": log.num_requests, "policies": results, "settings": public(config)},
                                  indent=1).encode())
     metrics = {name: each["metrics"] for name, each in results.items()}
     level = config.bootstrap.level

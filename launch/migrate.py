@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from data_pipeline.tokenize_items import common_items
-from gpr_dist.config import Config, build_config, parse_cli
+from gpr_dist.config import Config, build_config, parse_cli, public
 from gpr_dist.data.loader import build_loader
 from gpr_dist.data.sampler import World
 from gpr_dist.errors import DataError, TokenizerError, run_cli
@@ -91,7 +91,7 @@ def changed_state(config: MigrateConfig, source: Path, state: dict[str, Any], tr
     if not config.data and fingerprints["data"] != state["fingerprints"]["data"]:
         raise DataError(f"{train_shards(data)} is not what {source} was trained on (data {fingerprints['data']}, trained on "
                         f"{state['fingerprints']['data']}); to go on with it from its first row, say data={data.folder}")
-    settings = {**state["config"], "data": job.data.model_dump(mode="json"), "model": job.model.model_dump(mode="json")}
+    settings = {**state["config"], "data": public(job.data), "model": job.model.model_dump(mode="json")}
     changes = {"config": settings, "fingerprints": {**state["fingerprints"], **fingerprints},
                "migrated_from": {"checkpoint": str(source), "fingerprints": state["fingerprints"]}}
     if config.data:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
 
-from gpr_dist.config import parse_cli
+from gpr_dist.config import parse_cli, public
 from gpr_dist.errors import ConfigError, DataError, run_cli
 from gpr_dist.evaluation.names import check_names
 from gpr_dist.evaluation.off_policy import Logged, OffPolicyConfig, Policy, evaluate_policy, format_estimates, mean_reward, policy_of
@@ -66,7 +66,7 @@ def main() -> None:
     own = mean_reward(numbers(target, config.reward), user_numbers(target, config.user), config.bootstrap)
     print(format_estimates(found, config.bootstrap.level, own))
     if config.out:
-        write_atomic(config.out, json.dumps({**found, "target": own, "settings": config.model_dump(mode="json")}, indent=1).encode())
+        write_atomic(config.out, json.dumps({**found, "target": own, "settings": public(config)}, indent=1).encode())
 
 
 def read_logs(path: Path, columns: list[str]) -> pa.Table:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from tqdm import tqdm
 
-from gpr_dist.config import Config
+from gpr_dist.config import Config, public
 from gpr_dist.data.eligibility import Eligibility
 from gpr_dist.data.loader import LoaderConfig, build_loader, iter_once
 from gpr_dist.data.reader import ShardReader
@@ -150,7 +150,7 @@ def fit_simulator(data: Path, shards: dict[str, str], semantic_ids: SemanticIds,
         log.warning("%s", warning)
     report = {"data": str(data), "shards": manifest.fingerprint, "tokenizer": semantic_ids.fingerprint, **seen, "warnings": warnings,
               "bids": bids.origin, "mean_bid": float(bids.bid_M.mean()), "final_value": simulator.final_value.model_dump(mode="json"),
-              "settings": config.model_dump(mode="json"), "results": {}}
+              "settings": public(config), "results": {}}
     for name, held_out in (("validation (other half)", other), ("test", test)):
         report["results"][name] = _measure_all(simulator, held_out, baseline.curve(torch.from_numpy(counts.logit(held_out.item))).numpy())
     return simulator.to(device), report

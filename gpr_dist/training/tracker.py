@@ -19,6 +19,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from gpr_dist.config import Config
+from gpr_dist.safety import redact, redacted
 from gpr_dist.schema import write_atomic
 from gpr_dist.training.panels import panel_of
 
@@ -68,7 +69,7 @@ class Tracker:
         """Record what happened to the run: a start, an end, an alert. Facts are JSON values. On a full disk only a line says so."""
         if self._events is None:
             return
-        line = {"time": round(time.time(), 3), "step": step, "event": event, **{k: _finite_or_name(v) for k, v in facts.items()}}
+        line = {"time": round(time.time(), 3), "step": step, "event": event, **{k: redacted(_finite_or_name(v)) for k, v in facts.items()}}
         try:
             self._events.write(json.dumps(line).encode() + b"\n")
         except OSError as error:  # often the last words of a run that ends for that very reason
@@ -76,6 +77,7 @@ class Tracker:
 
     def alert(self, step: int, kind: str, text: str) -> None:
         """Something a person must look at: a WARNING line, an event, and W&B's alert, of each kind one in ten minutes."""
+        text = redact(text)
         self.event(step, "alert", kind=kind, text=text)
         self.say(f"WARNING: {text}")
         self._to_wandb(lambda run: run.alert(title=kind.replace("_", " "), text=text, level="WARN", wait_duration=ALERT_WAIT_S))
@@ -87,9 +89,9 @@ class Tracker:
             self._bar.update(step - self._bar.n)
 
     def say(self, message: str) -> None:
-        """A line for the person watching, above the progress bar."""
+        """A line for the person watching, above the progress bar, without credentials."""
         if self._bar is not None:
-            self._bar.write(message, file=sys.stderr)
+            self._bar.write(redact(message), file=sys.stderr)
 
     def close(self, exit_code: int = 0) -> None:
         """Finish the bar, the file and the W&B run."""
@@ -162,11 +164,13 @@ def _start_wandb(config: TrackerConfig, run_folder: Path, resolved_config: dict[
     try:
         import wandb  # here: half a second that jobs and ranks without it need not wait
 
+        sys.argv[1:] = map(redact, sys.argv[1:])  # W&B uploads the command line
         settings = wandb.Settings(silent=True, init_timeout=20, finish_timeout=config.finish_seconds, finish_timeout_raises=True)
         return wandb.init(project=config.project, name=run_folder.name, id=_run_id(run_folder), resume="allow", dir=str(run_folder),
                           config=resolved_config, mode=mode, settings=settings)
     except Exception as error:
-        print(f"W&B could not be started ({error}); metrics go to {run_folder}/metrics.jsonl only", file=sys.stderr, flush=True)
+        problem = redact(str(error))
+        print(f"W&B could not be started ({problem}); metrics go to {run_folder}/metrics.jsonl only", file=sys.stderr, flush=True)
         return None
 
 
