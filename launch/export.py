@@ -26,8 +26,8 @@ from gpr_dist.decoding.ranking import Order
 from gpr_dist.decoding.search import SearchConfig
 from gpr_dist.decoding.trie import Trie
 from gpr_dist.errors import ConfigError, DataError, run_cli
-from gpr_dist.evaluation.baselines import BaselineConfig, popularity
-from gpr_dist.evaluation.validate import ValidationConfig, has_targets, open_journeys
+from gpr_dist.evaluation.baselines import BaselineConfig, weigh_counts
+from gpr_dist.evaluation.validate import ValidationConfig, count_before, has_targets
 from gpr_dist.evaluation.values import calibrate, predict_values
 from gpr_dist.job import DataConfig, open_past, prepare_history, split_shards, tokenizer_folder
 from gpr_dist.model.gpr import GPR, GPRConfig
@@ -52,7 +52,6 @@ from gpr_dist.tokenizer.semantic_ids import SemanticIds
 from gpr_dist.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-SPLITS = ("train", "validation", "test")
 
 
 class ExportConfig(Config):
@@ -241,8 +240,7 @@ def item_weights(config: ExportConfig, data: DataConfig, num_items: int) -> np.n
     evaluated = config.popularity_before or next(iter(held_out), None)
     if evaluated is None:
         return count_ads(ShardReader(shards["train"], cache_dir=data.loader.cache_dir), World(0, 1), num_items)
-    read = {split: shards[split] for split in SPLITS[: SPLITS.index(evaluated) + 1]}
-    return popularity(open_journeys(read, evaluated), num_items, config.baselines)
+    return weigh_counts(count_before(shards, evaluated, num_items, config.baselines, World(0, 1)), config.baselines)
 
 
 @torch.no_grad()

@@ -58,8 +58,12 @@ def popularity(log: JourneyLog, num_items: int, config: BaselineConfig) -> np.nd
     counted = log.is_counted_X
     item, is_ad, time = log.item_X[counted], log.is_ad_X[counted], log.time_X[counted]
     is_recent = time > time.max(initial=0) - config.recent_days * DAY_S
-    weight = config.organic_weight + is_ad * (1.0 + config.recent_weight * is_recent)
-    return np.bincount(item, weights=weight, minlength=num_items)
+    return weigh_counts(np.stack([np.bincount(x, minlength=num_items) for x in (item, item[is_ad], item[is_ad & is_recent])]), config)
+
+
+def weigh_counts(counts_3I: np.ndarray, config: BaselineConfig) -> np.ndarray:
+    """Popularity of each item from its events, ads and recent ads, float64 [num_items]."""
+    return np.array([config.organic_weight, 1.0, config.recent_weight]) @ counts_3I
 
 
 def popularity_scorer(log: JourneyLog, popularity_I: np.ndarray, config: BaselineConfig) -> ScoreRequests:

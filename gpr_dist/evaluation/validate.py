@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gpr_dist.config import Config
 from gpr_dist.data.candidates import ItemCandidates
+from gpr_dist.data.counts import count_events
 from gpr_dist.data.eligibility import Eligibility
 from gpr_dist.data.legal import LegalCodes
 from gpr_dist.data.loader import LoaderConfig, iter_once
@@ -21,10 +22,10 @@ from gpr_dist.data.sampler import World
 from gpr_dist.decoding.beam_search import Softmax
 from gpr_dist.decoding.model_decoder import ModelDecoder
 from gpr_dist.decoding.trie import Trie
-from gpr_dist.evaluation.baselines import BaselineConfig, popularity
+from gpr_dist.evaluation.baselines import DAY_S, BaselineConfig
 from gpr_dist.evaluation.evaluate import GenerativeRanker
 from gpr_dist.evaluation.item_ranker import ItemRanker
-from gpr_dist.evaluation.journey_log import JourneyLog, Lists, read_log
+from gpr_dist.evaluation.journey_log import SPLITS, JourneyLog, Lists, read_log
 from gpr_dist.evaluation.metrics import add_sums, ranking_metrics, ranking_sums
 from gpr_dist.evaluation.rankings import Ranker
 from gpr_dist.schema import EVERY_AD, Batch, ShardManifest, write_atomic
@@ -79,10 +80,17 @@ def open_journeys(shards: Mapping[str, str | Path], evaluated: str, max_rows: in
                     (len(manifest.user_features), len(manifest.env_features)))
 
 
-def save_popularity(path: Path, shards: Mapping[str, str | Path], num_items: int, config: BaselineConfig) -> None:
-    """Count popularity before the validation split, reading every event, and write it as .npy, whole or not at all."""
+def count_before(shards: Mapping[str, str | Path], evaluated: str, num_items: int, config: BaselineConfig, world: World) -> np.ndarray:
+    """What popularity is made of (`baselines.weigh_counts`), of the splits before `evaluated`: this rank's share, [3, num_items]."""
+    readers = [ShardReader(shards[split]) for split in SPLITS[: SPLITS.index(evaluated)]]
+    recent_from = max(reader.manifest.last_timestamp for reader in readers) - config.recent_days * DAY_S
+    return sum((count_events(reader, world, num_items, recent_from) for reader in readers), np.zeros((3, num_items)))
+
+
+def save_popularity(path: Path, popularity_I: np.ndarray) -> None:
+    """Write it as .npy, whole or not at all."""
     content = io.BytesIO()
-    np.save(content, popularity(open_journeys(shards, "validation"), num_items, config), allow_pickle=False)
+    np.save(content, popularity_I, allow_pickle=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, content.getvalue())
 

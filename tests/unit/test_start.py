@@ -1,4 +1,4 @@
-"""Around a training job's loop: who counts popularity, and when nobody does."""
+"""Around a training job's loop: popularity is counted in shares, and not at all without validation."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +9,7 @@ from journeys_fixture import NUM_ITEMS, random_journeys, write_split
 
 from gpr_dist import start
 from gpr_dist.data.eligibility import Eligibility
+from gpr_dist.evaluation.baselines import BaselineConfig, weigh_counts
 from gpr_dist.job import PretrainConfig
 from gpr_dist.tokenizer.config import TokenizerConfig
 from gpr_dist.tokenizer.fit import fit_tokenizer
@@ -17,26 +18,25 @@ from gpr_dist.training.loop import Progress
 
 @pytest.fixture
 def opened(tmp_path, monkeypatch):
-    """`open_validation` of one rank on data in tmp_path; (call, log of what was done)."""
+    """`open_validation` of one rank on data in tmp_path; (rank, ranks, what the others counted) → what validates, counts made here."""
     embeddings = np.random.default_rng(0).normal(size=(NUM_ITEMS, 4)).astype(np.float32)
     semantic_ids = fit_tokenizer(embeddings, TokenizerConfig(codebook_size=8, device="cpu"), "c0ffee")
     eligibility = Eligibility([], np.arange(NUM_ITEMS, dtype=np.int32), NUM_ITEMS)
     config = PretrainConfig(data={"folder": tmp_path / "data"}, run={"folder": tmp_path / "runs", "name": "r"})
-    count, done = start.save_popularity, []
-    monkeypatch.setattr(start, "save_popularity", lambda *arguments: (done.append("counted"), count(*arguments)))
+    count, shares = start.count_before, []
 
-    def together(action, only_if):
-        done.append("waited")
-        if only_if:
-            action()
+    def count_share(*arguments):
+        shares.append(count(*arguments))
+        return shares[-1]
 
-    monkeypatch.setattr(start, "together", together)
+    monkeypatch.setattr(start, "count_before", count_share)
+    monkeypatch.setattr(start, "together", lambda action, only_if: action() if only_if else None)
 
-    def call(rank):
-        engine = SimpleNamespace(rank=rank, world_size=2, device="cpu", all_reduce=None)
-        done.clear()
+    def call(rank, world_size=2, others=0.0):
+        engine = SimpleNamespace(rank=rank, world_size=world_size, device="cpu", all_reduce=lambda counts: counts + others)
+        shares.clear()
         job = start.Job(config, {}, semantic_ids, engine, eligibility, None, None, None, None)
-        return start.open_validation(job, None), tuple(done)
+        return start.open_validation(job, None), tuple(shares)
 
     return call
 
@@ -46,14 +46,16 @@ def write(folder: Path, *splits: str) -> None:
         write_split(folder / "data" / "shards" / split, random_journeys(60, seed))
 
 
-def test_rank_0_counts_and_the_others_read(opened, tmp_path):
+def test_every_rank_counts_its_share_and_rank_0_writes_the_sum(opened, tmp_path):
     write(tmp_path, "train", "validation")
-    validate, done = opened(rank=0)
-    assert callable(validate) and done == ("waited", "counted")
-    (tmp_path / "data" / "shards" / "train" / "manifest.json").unlink()  # another rank needs none of the training journeys
-    validate, done = opened(rank=1)
-    assert callable(validate) and done == ("waited",)
-    assert np.load(tmp_path / "runs" / "r" / "popularity.npy", allow_pickle=False).shape == (NUM_ITEMS,)
+    path = tmp_path / "runs" / "r" / "popularity.npy"
+    validate, (other,) = opened(rank=1)
+    assert callable(validate) and not path.exists()
+    validate, (mine,) = opened(rank=0, others=other)
+    assert callable(validate) and 0 < mine.sum() < (mine + other).sum()
+    _, (alone,) = opened(rank=0, world_size=1)
+    np.testing.assert_array_equal(mine + other, alone)
+    np.testing.assert_array_equal(np.load(path, allow_pickle=False), weigh_counts(alone, BaselineConfig()))
 
 
 @pytest.mark.parametrize("rows", [None, 0])

@@ -6,12 +6,13 @@ from journeys_fixture import NUM_ITEMS, random_journeys, write_split
 from random_batches import random_batch
 
 from gpr_dist.data.loader import LoaderConfig, iter_once
+from gpr_dist.data.reader import ShardReader
 from gpr_dist.data.sampler import World
 from gpr_dist.errors import DataError
 from gpr_dist.evaluation import validate
-from gpr_dist.evaluation.baselines import BaselineConfig, popularity
+from gpr_dist.evaluation.baselines import BaselineConfig, popularity, weigh_counts
 from gpr_dist.evaluation.journey_log import read_log
-from gpr_dist.evaluation.validate import has_targets, open_journeys, save_popularity, seen_in_row
+from gpr_dist.evaluation.validate import count_before, has_targets, open_journeys, save_popularity, seen_in_row
 
 CODES = np.random.default_rng(0).integers(0, 32, (NUM_ITEMS, 3))
 
@@ -33,18 +34,32 @@ def test_a_split_counts_only_with_something_to_predict(shards, tmp_path):
         has_targets(tmp_path / "empty")
 
 
-def test_popularity_survives_the_file_and_a_failed_write(shards, tmp_path, monkeypatch):
+def test_popularity_is_counted_in_shares_and_without_the_log_in_memory(shards, tmp_path):
     batches = {split: random_journeys(90, seed) for seed, split in enumerate(shards)}
-    expected = popularity(read_log({split: [batch] for split, batch in batches.items()}, "validation"), NUM_ITEMS + 3, BaselineConfig())
-    path = tmp_path / "run" / "popularity.npy"
-    save_popularity(path, shards, NUM_ITEMS + 3, BaselineConfig())
-    np.testing.assert_array_equal(np.load(path, allow_pickle=False), expected)
+    log = read_log({split: [batch] for split, batch in batches.items()}, "validation")
+    counted = log.time_X[log.is_counted_X]
+    # The manifest's last time is that of any token; of these random journeys it may be a look-ahead that no row has as its own.
+    late = ShardReader(shards["train"]).manifest.last_timestamp - counted.max()
+    config = BaselineConfig(recent_days=(late + 900) / 86_400)
+    expected = popularity(log, NUM_ITEMS + 3, config.model_copy(update={"recent_days": 900 / 86_400}))
+    assert 0 < (counted > counted.max() - 900).mean() < 1  # recent is some, not all
+    for size in (1, 2, 5):
+        counts = sum(count_before(shards, "validation", NUM_ITEMS + 3, config, World(rank, size)) for rank in range(size))
+        np.testing.assert_array_equal(weigh_counts(counts, config), expected)
     assert expected.sum() > 0 and len(expected) == NUM_ITEMS + 3
+    both = popularity(read_log({split: [batch] for split, batch in (batches | {"test": random_journeys(5, 7)}).items()}), NUM_ITEMS,
+                      BaselineConfig(recent_days=0))
+    ever = BaselineConfig(recent_days=0, recent_weight=0)
+    np.testing.assert_array_equal(weigh_counts(count_before(shards, "test", NUM_ITEMS, ever, World(0, 1)), ever), both)
 
-    monkeypatch.setattr(validate, "popularity", lambda *_: (_ for _ in ()).throw(DataError("cut short")))
-    with pytest.raises(DataError):
-        save_popularity(path, shards, NUM_ITEMS, BaselineConfig())
-    np.testing.assert_array_equal(np.load(path, allow_pickle=False), expected)
+
+def test_popularity_survives_the_file_and_a_failed_write(tmp_path, monkeypatch):
+    path, first = tmp_path / "run" / "popularity.npy", np.arange(5.0)
+    save_popularity(path, first)
+    monkeypatch.setattr(validate, "write_atomic", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError):
+        save_popularity(path, first + 1)
+    np.testing.assert_array_equal(np.load(path, allow_pickle=False), first)
 
 
 @pytest.mark.parametrize("max_rows", [1, 13, 16, 40, 90, None])
