@@ -19,6 +19,7 @@ GROUPS = {
     "straggler": "Balance of the ranks, slowest over mean"}
 HIDDEN = ("progress", "nonfinite")
 EXACT = ("optimizer/lr", "optimizer/skipped_steps", "memory/rank_max")  # to be seen as they are
+DOTS = ("straggler/rank",)
 FAMILY = re.compile(r"(head_|level_|after_|action_|.*@|.*/)(.+)")
 FIRST = ("total", "head", "level", "loss")  # families that lead their section
 MAX_POINTS, MAX_EVENTS, MAX_TRACES, MAX_ROWS = 300, 60, 12, 10
@@ -35,10 +36,8 @@ def run_page(runs: Sequence[RunLog]) -> str:
     subtitle = (f"commit {first.get('commit') or 'unknown'}, {first['world_size']} rank(s) on {first['device']}, "
                 f"{first['parameters']:,} parameters; last started {_time(first['time'])} UTC." if first and len(runs) == 1 else
                 "Thick: median over 5 % of the steps. Thin: single steps, or their range where a run is long. Dashed: resumed there.")
-    changed = differences(runs)
     sections = [
-        Section("Overview", [_overview(runs), *([Details(f"Settings that differ ({len(changed)})", [
-            Table(("setting", *(run.name for run in runs)), changed, "l" * (1 + len(runs)))])] if len(runs) > 1 else [])]),
+        Section("Overview", [_overview(runs), *_differences(runs)]),
         *_panels(runs), *_traces(runs), *_events(runs),
         Section("Settings", [Details(run.name, [Table(("setting", "value"), list(run.config.items()), "ll")]) for run in runs])]
     return render(title, subtitle, run_alarms(runs), _tiles(runs[0]) if len(runs) == 1 else [], sections, "No alerts, no failure.")
@@ -93,6 +92,14 @@ def _overview(runs: Sequence[RunLog]) -> Table:
     columns, rows = _overview_rows(runs)
     return Table(columns, rows, "lll", caption="loss: mean of the last 5 % of the steps; hours: of training steps, without validation and "
                  "checkpoints; commit+: files differed from it")
+
+
+def _differences(runs: Sequence[RunLog]) -> list[Part]:
+    if len(runs) == 1:
+        return []
+    changed = differences(runs)
+    table = Table(("setting", *(run.name for run in runs)), changed, "l" * (1 + len(runs)), caption="settings that differ")
+    return [table] if len(changed) <= MAX_ROWS else [Details(f"Settings that differ ({len(changed)})", [table])]
 
 
 def _tiles(run: RunLog) -> list[Tile]:
@@ -158,7 +165,12 @@ def _figure(title: str, lines: Sequence[_Line]) -> Figure:
 
     def paint(axes: Axes) -> None:
         for line in lines:
-            _paint_curve(axes, line, 1 if title in EXACT else max(1, len(line.curve.values) // 20))
+            if title in DOTS:
+                shown = _spread(len(line.curve.values))
+                axes.plot(line.curve.steps[shown], line.curve.values[shown], linestyle="", marker=".", markersize=4, color=line.colour,
+                          label=line.label)
+            else:
+                _paint_curve(axes, line, 1 if title in EXACT else max(1, len(line.curve.values) // 20))
         for run in {id(line.run): line.run for line in lines}.values():
             colour = next(line.colour for line in lines if line.run is run) if len({id(line.run) for line in lines}) > 1 else FAINT
             for step in run.restarts:
@@ -170,7 +182,7 @@ def _figure(title: str, lines: Sequence[_Line]) -> Figure:
         if len(lines) > 1 or title == "loss/total":
             axes.legend(fontsize=7, loc="best")
 
-    caption = title + (f"; {outside} values lie outside the picture" if outside else "")
+    caption = title + (f"; outside the picture: {outside} of {len(values):,} values" if outside else "")
     return draw(paint, caption, height=2.7)
 
 
@@ -186,14 +198,20 @@ def _paint_curve(axes: Axes, line: _Line, window: int) -> None:
                           linewidth=0)
     else:
         axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.45)
-    ends = np.unique(np.linspace(window, len(values), MAX_POINTS).astype(int))
+    ends = window + _spread(len(values) - window + 1)
     axes.plot(steps[ends - 1], [np.median(values[end - window:end]) for end in ends], color=colour, label=line.label)
+
+
+def _spread(count: int) -> np.ndarray:
+    """At most MAX_POINTS of the numbers 0 … count - 1, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, MAX_POINTS).astype(int))
 
 
 def _paint_marks(axes: Axes, run: RunLog, high: float, colour: str) -> None:
     """Checkpoints at the foot of the picture; spikes where they are, or at its upper edge."""
-    saved = run.curves["checkpoint/seconds"].steps if "checkpoint/seconds" in run.curves else ()
+    saved = run.curves["checkpoint/seconds"].steps if "checkpoint/seconds" in run.curves else np.zeros(0)
     if len(saved):
+        saved = saved[_spread(len(saved))]
         axes.plot(saved, np.zeros(len(saved)), transform=axes.get_xaxis_transform(), linestyle="", marker="^", markersize=5, color=colour,
                   label=None if "checkpoint" in axes.get_legend_handles_labels()[1] else "checkpoint", clip_on=False)
     loss = dict(zip(*run.curves["loss"], strict=True)) if "loss" in run.curves else {}
@@ -237,10 +255,9 @@ def _ad(ad: Mapping[str, Any]) -> str:
 
 
 def _events(runs: Sequence[RunLog]) -> list[Section]:
-    rows = [(event["time"], run.name, event) for run in runs for event in run.events]
+    rows = sorted(((event["time"], run.name, event) for run in runs for event in run.events), key=lambda row: row[0])
     if not rows:
         return []
-    rows = sorted(rows, key=lambda row: row[0])
     table = Table(("UTC", "run", "step", "event", ""), [(_time(time), name, f"{event['step']:,}", event["event"], _facts(event))
                                                        for time, name, event in rows[-MAX_EVENTS:]], "llrll",
                   caption=f"the last {min(len(rows), MAX_EVENTS)} of {len(rows)}")

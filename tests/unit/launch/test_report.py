@@ -117,3 +117,19 @@ def test_help_and_dry_run_write_nothing(report, folders, monkeypatch, capsys):
     assert code == 0 and "tokenizer" in out and "drift" in out
     code, out, _ = call(report, monkeypatch, capsys, "tokenizer", "--dry-run", f"data={old}", f"out={old}/tokenizer")
     assert code == 0 and "max_collision" in out and not (old / "tokenizer/report.html").exists()
+
+
+def test_training_runs_are_named_one_after_another(report, tmp_path, monkeypatch, capsys):
+    for name, events in (("a", ""), ("b", '{"time": 1, "step": 1, "event": "end", "status": "failed", "error": "DataError: gone"}\n')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+        (tmp_path / name / "events.jsonl").write_text(events)
+    code, out, _ = call(report, monkeypatch, capsys, "run", tmp_path / "a", tmp_path / "b", "--strict")
+    assert code == 1 and "ALARM b failed at step 1: DataError: gone" in out and out.endswith(f"{tmp_path}/a/run.html\n")
+    assert "Runs a, b" in (tmp_path / "a" / "run.html").read_text()
+    assert [run["status"] for run in json.loads((tmp_path / "a" / "run.json").read_text())] == ["finished", "failed"]
+    code, out, _ = call(report, monkeypatch, capsys, "run", f"runs=[{tmp_path}/a]", f"report_folder={tmp_path}/out", "--strict")
+    assert code == 0 and (tmp_path / "out" / "run.html").exists()
+    for arguments, problem in (([], "runs: 0 folders"), ([tmp_path], "is no run folder"), ([tmp_path / "a"] * 7, "7 folders; give 1 to 6")):
+        code, _, err = call(report, monkeypatch, capsys, "run", *arguments)
+        assert code == 2 and problem in err and len(err.splitlines()) == 1
