@@ -195,7 +195,9 @@ def check_network(facts: Facts, port: int) -> Iterator[Finding]:
                              ("any", "open all ports between the hosts: gloo and NCCL listen where the system lets them")):
             if problem := problems.get(f"reach_{kind}"):
                 yield Finding("fail", host, "reach", problem, advice)
-        if not problems.keys() & {"port", "reach_rendezvous", "reach_any"}:
+        if problems.keys() & {"write", "shared"}:
+            yield Finding("warn", host, "network", "not tried with every host", "hosts meet in the run folder: repair that first")
+        elif not problems.keys() & {"port", "reach_rendezvous", "reach_any"}:
             yield Finding("ok", host, "network", f"ports free and reached; interface {known['interface'] or 'of the host name'}")
         if len(facts) > 1 and known["interface"] is None:
             yield Finding("warn", host, "interface", "several, and no route that decides", "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME")

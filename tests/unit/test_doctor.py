@@ -60,6 +60,7 @@ def test_each_illness_is_found():
     problems = {"port": "taken", "reach_any": "b:1: refused", "reach_rendezvous": "a:1: refused"}
     assert bad(doctor.check_network({"a": facts_of(problems=problems), "b": facts_of(interface=None)}, 29500)) == [
         ("fail", "a", "port"), ("fail", "a", "reach"), ("fail", "a", "reach"), ("warn", "b", "interface")]
+    assert bad(doctor.check_network({"a": facts_of(problems={"shared": "nothing from b"})}, 29500)) == [("warn", "a", "network")]
     assert bad(doctor.check_clocks({"a": facts_of(), "b": facts_of(time=110.0), "c": facts_of(time=80.0)})) == [
         ("warn", "b", "clock"), ("warn", "c", "clock")]
     assert bad(doctor.check_limits({"a": facts_of(open_files=1024, shm_bytes=64 << 20), "b": facts_of(open_files=-1)}, 8)) == [
