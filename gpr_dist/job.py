@@ -175,7 +175,7 @@ def tokenizer_folder(config: DataConfig) -> Path:
 
 def resolve(config: PretrainConfig) -> tuple[PretrainConfig, SemanticIds, dict[str, str]]:
     """Fill in what data, tokenizer and knowledge decide. Returns: (config, semantic IDs, fingerprints that checkpoints must carry)."""
-    manifest = ShardReader(train_shards(config.data), cache_dir=config.data.loader.cache_dir).manifest
+    manifest = ShardReader(train_shards(config.data), cache_dir=config.data.loader.cache_dir, storage=config.data.loader.storage).manifest
     semantic_ids = SemanticIds.load(tokenizer_folder(config.data))
     semantic_ids.check_catalogue(manifest.catalogue_fingerprint, str(train_shards(config.data)))
     model = config.model.model_copy(update={"num_levels": semantic_ids.num_levels, "codebook_size": semantic_ids.codebook_size,

@@ -226,7 +226,7 @@ def commit() -> str | None:
 
 def open_vaft(job: Job, config: VaftConfig) -> ValueWeights:
     """What weighs the training split's targets (collective). Raises: DataError for data without values."""
-    reader = ShardReader(train_shards(job.config.data), cache_dir=job.config.data.loader.cache_dir)
+    reader = ShardReader(train_shards(job.config.data), cache_dir=job.config.data.loader.cache_dir, storage=job.config.data.loader.storage)
     return open_value_weights(job.engine, reader, config)
 
 
@@ -274,7 +274,7 @@ def open_item_candidates(engine: Engine, config: PretrainConfig, semantic_ids: S
 
 def count_training_ads(engine: Engine, config: PretrainConfig, semantic_ids: SemanticIds) -> np.ndarray:
     """How often each item is a training target, each rank counting its share (collective)."""
-    reader = ShardReader(train_shards(config.data), cache_dir=config.data.loader.cache_dir)
+    reader = ShardReader(train_shards(config.data), cache_dir=config.data.loader.cache_dir, storage=config.data.loader.storage)
     mine = count_ads(reader, World(engine.rank, engine.world_size), semantic_ids.num_items)
     return engine.all_reduce(torch.from_numpy(mine)).cpu().numpy()
 

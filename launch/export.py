@@ -108,7 +108,7 @@ def main() -> int:
     data = trained if config.data is None else trained.model_copy(update={"folder": config.data, "shards": None, "history": None})
     semantic_ids = SemanticIds.load(config.tokenizer or tokenizer_folder(trained))
     semantic_ids.check_codebooks(state["fingerprints"]["tokenizer"], str(folder))
-    manifest = ShardReader(split_shards(data)["train"], cache_dir=data.loader.cache_dir).manifest
+    manifest = ShardReader(split_shards(data)["train"], cache_dir=data.loader.cache_dir, storage=data.loader.storage).manifest
     semantic_ids.check_catalogue(manifest.catalogue_fingerprint, split_shards(data)["train"])
     model = build_config(GPRConfig, state["config"]["model"], f"{folder}/state.json")
     check_ranker(config.ranker, model)
@@ -150,7 +150,7 @@ def describe(config: ExportConfig, data: DataConfig, manifest: ShardManifest, mo
              weights: dict[str, float]) -> BundleSettings:
     """How requests become tokens, and how they are searched. Raises: DataError when the shards say otherwise than the build's config."""
     journeys, num_profile = journey_settings(config, data)
-    reader = ShardReader(split_shards(data)["train"], cache_dir=data.loader.cache_dir)
+    reader = ShardReader(split_shards(data)["train"], cache_dir=data.loader.cache_dir, storage=data.loader.storage)
     first = reader.read_batch(0)
     tokens = {kind: bool((first.column("token_type").flatten().to_numpy() == kind).any()) for kind in (TokenType.U, TokenType.E)}
     user_tokens = journeys.user_tokens if manifest.user_features else "none"
@@ -239,7 +239,7 @@ def item_weights(config: ExportConfig, data: DataConfig, num_items: int) -> np.n
     held_out = [split for split in ("test", "validation") if has_targets(Path(shards[split]))]
     evaluated = config.popularity_before or next(iter(held_out), None)
     if evaluated is None:
-        return count_ads(ShardReader(shards["train"], cache_dir=data.loader.cache_dir), World(0, 1), num_items)
+        return count_ads(ShardReader(shards["train"], cache_dir=data.loader.cache_dir, storage=data.loader.storage), World(0, 1), num_items)
     return weigh_counts(count_before(shards, evaluated, num_items, config.baselines, World(0, 1)), config.baselines)
 
 
@@ -266,7 +266,7 @@ def data_facts(data: DataConfig) -> list[dict[str, Any]]:
     facts = []
     for split, shards in split_shards(data).items():
         if "://" in str(shards) or (Path(shards) / "manifest.json").exists():
-            manifest = ShardReader(shards, cache_dir=data.loader.cache_dir).manifest
+            manifest = ShardReader(shards, cache_dir=data.loader.cache_dir, storage=data.loader.storage).manifest
             facts.append({"split": split, "rows": manifest.num_rows, "tokens": manifest.num_tokens, "targets": manifest.num_targets,
                           "first": manifest.first_timestamp, "last": manifest.last_timestamp, "fingerprint": manifest.fingerprint})
     return facts

@@ -66,7 +66,7 @@ def look_at_data(config: PlanConfig) -> tuple[PlanConfig, np.ndarray, float, str
     """Config completed by the data, tokens of every journey, mean targets of one, and where these are from ("shards" or why assumed)."""
     try:
         config, _, _ = resolve(config)
-        reader = ShardReader(train_shards(config.data), cache_dir=config.data.loader.cache_dir)
+        reader = ShardReader(train_shards(config.data), cache_dir=config.data.loader.cache_dir, storage=config.data.loader.storage)
     except (DataError, TokenizerError) as error:
         return config, np.array([config.machine.mean_tokens]), config.machine.mean_targets, f"assumed, because {error}"
     if not reader.manifest.num_rows:
