@@ -1,15 +1,17 @@
 """`bench.py loader`: our loader beside others over the same journeys, one process each, repetitions interleaved.
 
 Every contender delivers packed micro-batches of at most `micro_batch_tokens` tokens in shuffled order as torch tensors: offsets,
-num_context, and token_type, block, item, action, scene, timestamp, value end to end, in int64 and float32 or, with `types=stored`, for all
-of them in the types of the schema, which is what training's collate is handed. Ours also verifies checksums
-and balances work in every row of the table; "full batch" is what training gets, with semantic IDs, requests and the targets of four MTP
-heads on top. MB/s counts the raw bytes of the journeys' columns for everybody. Peers do the work in their usual way; where an expert
-could write something faster with the same library, that runs too. Opening is not timed, whole epochs are; ours verifies its checksums
-again in each. All have the same cores: ours reads in one background thread and packs in `pack_threads` as in training, StatefulDataLoader
-also runs with two worker processes that make whole micro-batches. Wall time shows that on an idle machine with more than one core; "rows
-per CPU s" counts all threads and worker processes. `core=0` binds everything to one core. Contenders in EXPERT are code of our own over
-the peer's storage, faster than its usual way; the table compares with the fastest peer without and with them.
+num_context, and token_type, block, item, action, scene, timestamp, value end to end, in the types of the schema, which is what
+training's collate is handed, or with `types=int64` for all of them in int64 and float32. Ours runs with the loader's defaults, and
+verifies checksums and balances work in every row of the table; its journeys lie in record batches of 64, those of StatefulDataLoader all
+in one, which is its best case. "Full batch" is what training gets, with semantic IDs, requests and the targets of four MTP heads made by
+our `collate`; a peer that is to deliver it reads the other columns too and is followed by the same `collate`. MB/s counts the raw bytes
+of the journeys' columns for everybody. Peers do the work in their usual way; where an expert could write something faster with the same
+library, that runs too. Opening is not timed, whole epochs are; ours verifies its checksums again in each. All have the same cores: ours
+reads in one background thread and packs in `pack_threads` as in training, StatefulDataLoader also runs with two worker processes that
+make whole micro-batches. Wall time shows that on an idle machine with more than one core; "rows per CPU s" counts all threads and worker
+processes. `core=0` binds everything to one core. Contenders in EXPERT are code of our own over the peer's storage, faster than its usual
+way; the table compares with the fastest peer without and with them.
 """
 
 import itertools
@@ -20,10 +22,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import psutil
@@ -34,16 +36,18 @@ from tqdm import tqdm
 
 from data_pipeline.shards import ShardConfig, ShardWriter, write_manifest
 from gpr_dist.config import Config
-from gpr_dist.data.collate import STORED, JourneyColumns
+from gpr_dist.data.collate import SIDE_COLUMNS, STORED, TOKEN_COLUMNS, JourneyColumns, collate
 from gpr_dist.data.loader import Loader, LoaderConfig, build_loader
 from gpr_dist.data.sampler import World, pack_in_order
-from gpr_dist.schema import EVERY_AD, JOURNEY_SCHEMA, NO_ITEM, Action, TokenType
+from gpr_dist.schema import EVERY_AD, JOURNEY_SCHEMA, NO_ITEM, Action, Batch, TokenType
 
 COLUMNS = ("token_type", "block", "item", "action", "scene", "timestamp", "value")
 OUR_COLUMNS = ["num_context", "num_lookahead", *COLUMNS]  # a loader of ours counts tokens without look-ahead
+NUM_HEADS = 4
 EXPERT = ("datasets, arrow format", "StatefulDataLoader, numpy views", "StatefulDataLoader, numpy views, 2 workers")
 _IDLE_SECONDS = 0.05  # so long without work is the end of it
 _POLL_CPU_SECONDS = 0.0003  # in a millisecond; to look costs a part of that
+T = TypeVar("T")
 Epoch = Callable[[], tuple[int, int]]
 """Runs one epoch; returns rows and tokens delivered."""
 
@@ -63,8 +67,8 @@ class LoaderBenchConfig(Config):
     """tokens of a packed micro-batch"""
     repetitions: int = Field(default=5, ge=1)
     """epochs of each contender; the median counts"""
-    types: Literal["int64", "stored"] = "int64"
-    """of the token columns that every contender delivers: all integers int64, or as they are stored (1 to 8 bytes)"""
+    types: Literal["int64", "stored"] = "stored"
+    """of the token columns that every contender delivers: as they are stored (1 to 8 bytes), or all integers int64"""
     shuffle_buffer: int = Field(default=1000, ge=1)
     """rows in the shuffle buffer of webdataset; the others shuffle the whole epoch"""
     seed: int = 0
@@ -150,6 +154,7 @@ def _open_all(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path)
         "datasets, arrow format": lambda at: _datasets(config, journeys, at, "arrow"),
         "mosaicml-streaming": lambda at: _mosaic(config, journeys, at),
         "StatefulDataLoader, arrow rows": lambda at: _stateful(config, journeys, at, _ArrowRows),
+        "StatefulDataLoader, arrow rows, full batch": lambda at: _stateful_full(config, journeys, at),
         "StatefulDataLoader, 2 workers": lambda at: _stateful_workers(config, journeys, at, 2, _ArrowRows),
         "StatefulDataLoader, numpy views": lambda at: _stateful(config, journeys, at, _RowViews),
         "StatefulDataLoader, numpy views, 2 workers": lambda at: _stateful_workers(config, journeys, at, 2, _RowViews),
@@ -171,12 +176,10 @@ def _ours(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path, con
     with ShardWriter(folder, 0, ShardConfig(container=container, compression=compression, rows_per_shard=4096)) as writer:
         writer.write(journeys)
     write_manifest(folder, "train", (), ("a", "b", "c", "d"), "bench", config.num_items)
-    codes = np.random.default_rng(0).integers(0, 2048, (config.num_items, 3)).astype(np.int32)
-    # 4,096 rows are shuffled together, from 32 places of the whole epoch; with the loader's defaults it would be 65,536
-    settings = LoaderConfig(seed=config.seed, global_batch_size=512, num_streams=32, shuffle_rows=128,
-                            micro_batch_tokens=config.micro_batch_tokens, prefetch_steps=config.prefetch_steps,
-                            pack_threads=config.pack_threads)
-    loader = build_loader(folder, settings, World(), codes, num_heads=4)
+    # the loader's defaults: 65,536 rows from 256 places of the epoch are shuffled together
+    settings = LoaderConfig(seed=config.seed, global_batch_size=512, micro_batch_tokens=config.micro_batch_tokens,
+                            prefetch_steps=config.prefetch_steps, pack_threads=config.pack_threads)
+    loader = build_loader(folder, settings, World(), _codes(config), NUM_HEADS)
     if not full:
         loader = Loader(loader.reader, loader.sampling, World(), partial(_columns_only, types=config.types), settings.prefetch_steps,
                         settings.read_threads, settings.pack_threads, OUR_COLUMNS)
@@ -185,16 +188,25 @@ def _ours(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path, con
     def epoch() -> tuple[int, int]:
         loader.reader.forget_verified()
         batches = (batch for step in itertools.islice(steps, loader.steps_per_epoch) for batch in step.micro_batches)
-        if full:
-            batches = ({"num_context": batch.row_ids_B, "token_type": batch.token_type_T} for batch in batches)
-        return _count(batches)
+        return _count(map(_counted, batches) if full else batches)
 
     return epoch
 
 
+def _codes(config: LoaderBenchConfig) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 2048, (config.num_items, 3)).astype(np.int32)
+
+
+def _counted(batch: Batch) -> dict[str, torch.Tensor]:
+    return {"num_context": batch.row_ids_B, "token_type": batch.token_type_T}
+
+
 def _columns_only(journeys: JourneyColumns, *_: object, types: str = "int64") -> dict[str, torch.Tensor]:
     """The tensors that every contender delivers."""
-    tokens = {name: torch.from_numpy(values.astype(_dtype(name, types), copy=False)) for name, values in journeys.tokens.items()}
+    if types == "stored":
+        tokens = {name: torch.from_numpy(values) for name, values in journeys.tokens.items()}
+    else:
+        tokens = {name: torch.from_numpy(values.astype(_dtype(name, types), copy=False)) for name, values in journeys.tokens.items()}
     return {"offsets": torch.from_numpy(journeys.token_offsets), "num_context": torch.from_numpy(journeys.num_context), **tokens}
 
 
@@ -220,7 +232,7 @@ def _webdataset(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Pat
 
     def epoch() -> tuple[int, int]:
         samples = webdataset.WebDataset(urls, shardshuffle=len(urls), seed=config.seed).shuffle(config.shuffle_buffer).map(decode)
-        return _count(pack(samples, config.micro_batch_tokens, config.types))
+        return _count(pack(samples, config.micro_batch_tokens, partial(_tensors, types=config.types)))
 
     return epoch
 
@@ -241,7 +253,8 @@ def _datasets(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path,
                 yield from _rows(chunk.combine_chunks().to_batches()[0])
 
     def epoch() -> tuple[int, int]:
-        return _count(pack(rows(data.shuffle(seed=config.seed).iter(batch_size=256)), config.micro_batch_tokens, config.types))
+        shuffled = rows(data.shuffle(seed=config.seed).iter(batch_size=256))
+        return _count(pack(shuffled, config.micro_batch_tokens, partial(_tensors, types=config.types)))
 
     return epoch
 
@@ -254,7 +267,7 @@ def _mosaic(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path) -
         for row in _rows(journeys):
             writer.write(row)
     data = StreamingDataset(local=str(folder / "mds"), shuffle=True, shuffle_seed=config.seed, batch_size=64)
-    return lambda: _count(pack(data, config.micro_batch_tokens, config.types))
+    return lambda: _count(pack(data, config.micro_batch_tokens, partial(_tensors, types=config.types)))
 
 
 def _stateful(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path, kind: type) -> Epoch:
@@ -264,7 +277,29 @@ def _stateful(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path,
 
     def epoch() -> tuple[int, int]:
         loader = StatefulDataLoader(rows, batch_size=64, shuffle=True, collate_fn=lambda samples: samples)
-        return _count(pack((row for samples in loader for row in samples), config.micro_batch_tokens, config.types))
+        rows_in_order = (row for samples in loader for row in samples)
+        return _count(pack(rows_in_order, config.micro_batch_tokens, partial(_tensors, types=config.types)))
+
+    return epoch
+
+
+def _stateful_full(config: LoaderBenchConfig, journeys: pa.RecordBatch, folder: Path) -> Epoch:
+    """As `_stateful` over Arrow rows with all columns; each packed micro-batch is handed to our `collate`."""
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    rows, codes = _ArrowRows(_mapped(journeys, folder), OUR_COLUMNS[:2], tuple(STORED)), _codes(config)
+
+    def full(samples: list[dict]) -> Batch:
+        offsets = {name: np.append(0, np.cumsum([len(row[name]) for row in samples])) for name in ("token_type", *SIDE_COLUMNS)}
+        values = {name: np.concatenate([row[name] for row in samples]) for name in STORED}
+        columns = JourneyColumns(*(np.array([row[name] for row in samples], np.int64) for name in OUR_COLUMNS[:2]), offsets["token_type"],
+                                 {name: values[name] for name in TOKEN_COLUMNS},
+                                 {name: (offsets[name], values[name]) for name in SIDE_COLUMNS})
+        return collate(columns, np.arange(len(samples)), codes, NUM_HEADS, 0, 4)
+
+    def epoch() -> tuple[int, int]:
+        loader = StatefulDataLoader(rows, batch_size=64, shuffle=True, collate_fn=lambda samples: samples)
+        return _count(map(_counted, pack((row for samples in loader for row in samples), config.micro_batch_tokens, full)))
 
     return epoch
 
@@ -301,15 +336,15 @@ def _mapped(journeys: pa.RecordBatch, folder: Path) -> pa.RecordBatch:
 class _ArrowRows:
     """A map-style data set over memory-mapped Arrow through pyarrow's own row access."""
 
-    def __init__(self, batch: pa.RecordBatch) -> None:
-        self.context = batch.column("num_context")
-        self.columns = {name: batch.column(name) for name in COLUMNS}
+    def __init__(self, batch: pa.RecordBatch, numbers: Sequence[str] = ("num_context",), lists: Sequence[str] = COLUMNS) -> None:
+        self.numbers = {name: batch.column(name) for name in numbers}
+        self.columns = {name: batch.column(name) for name in lists}
 
     def __len__(self) -> int:
-        return len(self.context)
+        return len(self.columns["token_type"])
 
     def __getitem__(self, number: int) -> dict:
-        return {"num_context": self.context[number].as_py(),
+        return {**{name: column[number].as_py() for name, column in self.numbers.items()},
                 **{name: column[number].values.to_numpy(zero_copy_only=True) for name, column in self.columns.items()}}
 
 
@@ -334,19 +369,19 @@ def _rows(batch: pa.RecordBatch) -> Iterator[dict]:
     return (views[number] for number in range(len(views)))
 
 
-def pack(rows: Iterable[dict], budget: int, types: str) -> Iterator[dict[str, torch.Tensor]]:
+def pack(rows: Iterable[dict], budget: int, make: Callable[[list[dict]], T]) -> Iterator[T]:
     """Rows in the order they come, as packed micro-batches: what all the peers share."""
     held: list[dict] = []
     used = 0
     for row in rows:
         size = len(row["token_type"])
         if held and used + size > budget:
-            yield _tensors(held, types)
+            yield make(held)
             held, used = [], 0
         held.append(row)
         used += size
     if held:
-        yield _tensors(held, types)
+        yield make(held)
 
 
 def _tensors(rows: list[dict], types: str) -> dict[str, torch.Tensor]:
@@ -354,7 +389,7 @@ def _tensors(rows: list[dict], types: str) -> dict[str, torch.Tensor]:
     out = {"offsets": torch.from_numpy(np.append(0, np.cumsum(lengths))),
            "num_context": torch.from_numpy(np.array([row["num_context"] for row in rows], np.int64))}
     for name in COLUMNS:
-        out[name] = torch.from_numpy(np.concatenate([row[name] for row in rows], dtype=_dtype(name, types)))
+        out[name] = torch.from_numpy(np.concatenate([row[name] for row in rows], dtype=_dtype(name, types), casting="unsafe"))
     return out
 
 
@@ -391,17 +426,18 @@ def _report(config: LoaderBenchConfig, medians: dict[str, tuple[float, float]], 
     peers = {name: wall for name, (wall, _) in medians.items() if not name.startswith("ours")}
     fastest = min(peers.values(), default=float("nan"))
     fastest_usual = min((wall for name, wall in peers.items() if name not in EXPERT), default=float("nan"))
+    leanest_usual = min((cpu for name, (_, cpu) in medians.items() if name in peers and name not in EXPERT), default=float("nan"))
     print(f"{config.num_rows} journeys, {num_tokens / config.num_rows:.0f} tokens and {row_bytes / 1000:.1f} kB each on average; "
           f"one process, {len(os.sched_getaffinity(0))} cores, median of {config.repetitions} interleaved epochs")
-    print(f"{'':42} {'rows/s':>9} {'MB/s':>7} {'x fastest peer':>15} {'x usual ways':>13} {'rows per CPU s':>15}")
+    print(f"{'':42} {'rows/s':>9} {'MB/s':>7} {'x fastest peer':>15} {'x usual ways':>13} {'rows per CPU s':>15} {'x usual ways':>13}")
     results = {}
     for name, (median, cpu) in sorted(medians.items(), key=lambda item: item[1]):
         rate = config.num_rows / median
         results[name] = {"rows_per_s": rate, "mb_per_s": rate * row_bytes / 1e6, "times_fastest_peer": fastest / median,
                          "times_fastest_usual_way": fastest_usual / median, "seconds": seconds[name],
-                         "rows_per_cpu_s": config.num_rows / cpu}
+                         "rows_per_cpu_s": config.num_rows / cpu, "times_leanest_usual_way": leanest_usual / cpu}
         print(f"{name:42} {rate:9.0f} {rate * row_bytes / 1e6:7.0f} {fastest / median:15.2f} {fastest_usual / median:13.2f} "
-              f"{config.num_rows / cpu:15.0f}")
+              f"{config.num_rows / cpu:15.0f} {leanest_usual / cpu:13.2f}")
     for name, reason in absent.items():
         print(f"{name:42} not installed here: {reason}")
     if config.out:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ def test_minimal_and_peer_batches_hold_the_same_tokens(types):
     config = bench_loader.LoaderBenchConfig(num_rows=100, median_tokens=20)
     journeys = bench_loader.generate_journeys(config)
     views = bench_loader._RowViews(journeys)
-    peer = next(bench_loader.pack((views[i] for i in range(100)), 10**9, types))
+    peer = next(bench_loader.pack((views[i] for i in range(100)), 10**9, partial(bench_loader._tensors, types=types)))
     rows = stored_rows(journeys.select(bench_loader.OUR_COLUMNS)).take(np.arange(100))
     ours = bench_loader._columns_only(rows, np.arange(100), types=types)
     assert peer.keys() == ours.keys()
