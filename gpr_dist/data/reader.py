@@ -7,6 +7,7 @@ is read when is decided by `loader.py`; how remote files are reached, and how of
 import hashlib
 import logging
 import os
+import tarfile
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -204,18 +205,23 @@ class ShardReader:
 def iter_batches(url: str) -> Iterator[pa.RecordBatch]:
     """Record batches of one shard tar, in file order, through webdataset's opener: `pipe:aws s3 cp ... -`, `https:`, `file:` or a path.
 
-    Sequential and unverified (the stream has no index): for evaluation and export jobs elsewhere, not for training.
-    Raises: DataError naming the member that is no record batch.
+    Sequential and unverified (the stream has no index), and read once: curl (`https:`) repeats a connection that fails, nothing repeats
+    one that is cut. For evaluation and export jobs elsewhere, not for training.
+    Raises: DataError when the stream breaks off, or naming the member that is no record batch.
     """
-    stages = webdataset.DataPipeline(webdataset.SimpleShardList([url]), webdataset.tarfile_samples)
-    for sample in stages:
-        check_name(sample["__key__"], shown(url), DataError)  # members are never written, but a tar with such names is not one of ours
-        if "arrow" not in sample:
-            raise DataError(f"{url}: member {sample['__key__']} has no .arrow file; expected a tar written by ShardWriter")
-        try:
-            yield from pa.ipc.open_stream(sample["arrow"])
-        except pa.ArrowException as error:
-            raise DataError(f"{url}: member {sample['__key__']}.arrow is damaged ({error})") from None
+    stages, where = webdataset.DataPipeline(webdataset.SimpleShardList([url]), webdataset.tarfile_samples), shown(url)
+    try:
+        for sample in stages:
+            check_name(sample["__key__"], where, DataError)  # members are never written, but a tar with such names is not one of ours
+            if "arrow" not in sample:
+                raise DataError(f"{where}: member {sample['__key__']} has no .arrow file; expected a tar written by ShardWriter")
+            try:
+                yield from pa.ipc.open_stream(sample["arrow"])
+            except pa.ArrowException as error:
+                raise DataError(f"{where}: member {sample['__key__']}.arrow is damaged ({error})") from None
+    except (tarfile.TarError, OSError) as error:
+        problem = str(error.args[0] if error.args else error).splitlines()[0]
+        raise DataError(f"{where} broke off before its end ({problem}); read it again, or open its folder with ShardReader") from None
 
 
 def _sha256(paths: list[Path]) -> str:

@@ -127,3 +127,7 @@ def test_streams_a_tar_through_a_command(tmp_path):
     shutil.make_archive(str(tmp_path / "foreign"), "tar", foreign)
     with pytest.raises(DataError, match=r"has no .arrow file"):
         list(iter_batches(str(tmp_path / "foreign.tar")))
+    for broken in (f"pipe:head -c 20000 {tars[0]}", f"pipe:cat {tars[0]}; exit 1", "pipe:true"):
+        with pytest.raises(DataError, match=r"broke off before its end .*; read it again") as error:
+            list(iter_batches(broken))
+        assert "\n" not in str(error.value)
