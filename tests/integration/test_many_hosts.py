@@ -8,14 +8,15 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from hosts import Host, hosts, write_hostfile
-from pretrain_runs import NUM_STEPS, TINY, logged_losses, run_pretraining
+from pretrain_runs import NUM_STEPS, TINY, environment_of, logged_losses, run_pretraining
 from ranks import ROOT
 
-from gpr_dist.training.checkpoint import read_manifest
+from gpr_dist.training.checkpoint import list_steps, read_manifest, verify
 
 BIN = Path(sys.executable).parent
 CLEAN = {"PATH": f"{BIN}:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": os.environ.get("HOME", "/root"), "PYTHONPATH": str(ROOT),
@@ -107,3 +108,39 @@ def test_three_hosts_train_as_one_and_two_go_on(tiny, tmp_path):
         assert "resuming" in run_torchrun(three[1:], tmp_path / "left-torchrun", [*overrides, "run.name=torchrun"])
     for name in ("pdsh", "torchrun"):
         assert logged_losses(tmp_path / "runs" / name) == pytest.approx(expected, rel=1e-6)
+
+
+def processes_with(text: str) -> list[int]:
+    """Of this machine, hosts included, that have `text` in their environment."""
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and text in str(environment_of(int(entry.name)))]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("launcher", "stop"), [("torchrun", ["-TERM", "-f", "bin/torchrun "]),
+                                                ("deepspeed", ["-USR1", "-f", "[p]retrain.py --local_rank"])])
+def test_a_signal_on_one_host_saves_and_ends_all(tiny, tmp_path, launcher, stop):
+    """To torchrun as a scheduler sends it; to a rank under deepspeed, whose launcher passes nothing on. The run saves the step it
+    reached, nothing is left running, and it does not look finished."""
+    run, folder, many = tmp_path / "runs" / "stopped", tmp_path / "job", 100_000
+    folder.mkdir()
+    settings = [*TINY, f"data.folder={tiny}/data", f"run.folder={tmp_path}/runs", "run.name=stopped", "run.stopped_exit_code=75",
+                f"train.schedule.num_steps={many}", f"train.checkpoint.every_steps={many}"]
+    (folder / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in (EVERYWHERE | {"JOB": str(folder)}).items()))
+    with hosts(2, tmp_path / "hosts") as both:
+        commands = {"torchrun": ["torchrun", "--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "host0:29500", "--rdzv-id", "t"],
+                    "deepspeed": ["deepspeed", "--hostfile", str(write_hostfile(folder / "hosts", both))]}
+        with open(folder / "log", "w") as log:
+            started = [host.start([*commands[launcher], SCRIPT, *settings], cwd=folder, env=CLEAN | EVERYWHERE | {"JOB": str(folder)},
+                                  stdout=log, stderr=log) for host in both[: 2 if launcher == "torchrun" else 1]]
+            deadline = time.monotonic() + PATIENCE_S
+            while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 3:
+                assert time.monotonic() < deadline and all(p.poll() is None for p in started), (folder / "log").read_text()[-5000:]
+                time.sleep(0.1)
+            both[1].run(["pkill", *stop])
+            codes = [process.wait(PATIENCE_S) for process in started]
+        text = (folder / "log").read_text()[-8000:]
+        left = processes_with(f"'JOB': '{folder}'")
+        assert left == [], f"left running: {[(pid, Path(f'/proc/{pid}/cmdline').read_text()[:200]) for pid in left]}\n{text}"
+    assert all(codes), f"{codes}: a stopped run looks finished\n{text}"
+    assert [verify(step) for step in list_steps(run)] == [None], text
+    assert int(list_steps(run)[0].name.removeprefix("step-")) == max(logged_losses(run)), text
