@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from gpr_dist.training import checkpoint
 from gpr_dist.training.engine import Engine, EngineConfig, init_distributed
 from gpr_dist.training.loop import FitConfig, Progress, fit
 from gpr_dist.training.objective import mtp_objective
+from gpr_dist.training.spikes import Tracer
 from gpr_dist.training.tracker import Tracker, TrackerConfig
 
 ROWS_PER_STEP = 8
@@ -193,11 +195,13 @@ class RecordedLoader:
 
 def fit_tiny(data: str, run: str, until: int, total: int = 8, zero_stage: int = 3, precision: str = "fp32", dropout: float = 0.0,
              every: int = 100, keep_last: int = 10, keep_every: int = 0, validation: list | None = None, nan_steps: tuple = (),
-             policy: str = "stop", max_skipped: int = 10, width: int = 16, items: dict | None = None) -> dict:
+             policy: str = "stop", max_skipped: int = 10, width: int = 16, items: dict | None = None, background: bool = True,
+             spike_step: int = 0, spike_rows: tuple = (), slow_rank: int = -1) -> dict:
     """`fit` to step `until` (a checkpoint is written there) of a run of `total` steps, resuming what the run folder holds.
 
     Args: validation: made-up validation losses, one per step; nan_steps: steps (from 1) at which the last rank's loss is NaN; items:
-        settings of `model.items`, with an item head.
+        settings of `model.items`, with an item head; spike_step: the losses of `spike_rows` are tenfold there; slow_rank: works 0.2 s more
+        on each micro-batch.
     Returns: this rank's row ids per step, the losses logged, the text of a GPRError that ended it.
     """
     folder, run_folder = Path(data), Path(run)
@@ -223,8 +227,8 @@ def fit_tiny(data: str, run: str, until: int, total: int = 8, zero_stage: int = 
     recorded = RecordedLoader(loader)
     schedule = {"num_steps": until, "shape": "constant", "lr": LR, "warmup_steps": 0}
     fit_config = FitConfig.model_validate({
-        "schedule": schedule, "on_nonfinite": policy, "max_skipped_steps": max_skipped, "validate_every_steps": 1 if validation else 0,
-        "checkpoint": {"every_steps": every, "keep_last": keep_last, "keep_every_steps": keep_every}})
+        "schedule": schedule, "alerts": {"first_after_steps": 5}, "on_nonfinite": policy, "max_skipped_steps": max_skipped, "validate_every_steps": 1 if validation else 0,
+        "checkpoint": {"every_steps": every, "keep_last": keep_last, "keep_every_steps": keep_every, "background": background}})
     made_up = iter(validation or [])
     error = None
     objective = mtp_objective(config.num_mtp_heads, 0.1, item_loss_weight=1.0)
@@ -233,12 +237,21 @@ def fit_tiny(data: str, run: str, until: int, total: int = 8, zero_stage: int = 
         share = objective(engine, batch, num_targets)
         if len(recorded.rows) + start in nan_steps and rank == world_size - 1:
             share.loss = share.loss * float("nan")
+        if len(recorded.rows) + start == spike_step:
+            row_N = batch.row_ids_B[batch.request_row_R][batch.target_request_N]
+            share.nll_N = torch.where(torch.isin(row_N, torch.tensor(spike_rows)), 10.0, 1.0) * share.nll_N
+            share.loss, share.nll_PL = 3 * share.loss, 3 * share.nll_PL
+        if rank == slow_rank:
+            until = time.thread_time() + 0.2
+            while time.thread_time() < until:
+                pass
         return share
 
     try:
         fit(engine, recorded, spoilt, fit_config, config, run_folder, tracker, progress,
             {"fingerprints": {"tokenizer": semantic_ids.codebook_fingerprint}},
-            (lambda: {"validation/loss": next(made_up)}) if validation else None)
+            (lambda: {"validation/loss": next(made_up)}) if validation else None,
+            tracer=Tracer(loader.reader, folder / "catalogue" / "catalogue.arrow"))
     except GPRError as problem:
         error = f"{type(problem).__name__}: {problem}"
     tracker.close()

@@ -15,7 +15,7 @@ from gpr_dist.training import checkpoint
 TOTAL, SAVED_AT = 8, 3  # 5 steps are an epoch, so the resumed part crosses from one into the next
 KINDS: dict[str, dict[str, Any]] = {
     "fp32": {},
-    "dropout": {"dropout": 0.2},
+    "dropout": {"dropout": 0.2, "background": False},  # the others are written in the background
     "bf16": {"precision": "bf16", "dropout": 0.2},
     "stage 2": {"zero_stage": 2},
     "stage 0": {"zero_stage": 0},
