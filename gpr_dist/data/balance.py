@@ -35,23 +35,23 @@ def cut_by_work(work_N: np.ndarray, edges: np.ndarray, num_streams: int) -> np.n
         shared = np.flatnonzero(last - first + 1 == num_streams_here)
         stream_XP = first[shared, None] + np.arange(num_streams_here)
         lacks_XP = np.minimum((stream_XP + 1) * share, high[shared, None]) - np.maximum(stream_XP * share, low[shared, None])
-        rows = np.flatnonzero(np.isin(batch_N, shared))
-        rows = rows[np.lexsort((-work_N[rows], batch_N[rows]))]
-        rows_XK, work_XK = _table(batch_N[rows], rows, work_N)
+        line = np.full(len(edges), -1)
+        line[shared] = np.arange(len(shared))
+        rows = np.flatnonzero(line[batch_N] >= 0)
+        rows_XK, work_XK = _heaviest_first(rows, line[batch_N[rows]], work_N, len(shared))
         place_XK, _ = to_lightest(work_XK, -lacks_XP)
         stream_N[rows_XK[rows_XK >= 0]] = np.take_along_axis(stream_XP, place_XK, 1)[rows_XK >= 0]
     return stream_N
 
 
-def deal_by_work(work_N: np.ndarray, stream_N: np.ndarray, num_steps: int, rng: np.random.Generator) -> np.ndarray:
+def deal_by_work(work_N: np.ndarray, stream_N: np.ndarray, num_streams: int, num_steps: int, rng: np.random.Generator) -> np.ndarray:
     """Step of each row, int64 [N]: the work of every stream in equal parts, as far as its rows allow.
 
     What inequality is left (journeys heavier than a stream's part) is lined up: all streams have their heaviest steps at the same time.
     Steps come in random order, and rows of equal work are interchangeable.
     """
     shuffled = rng.permutation(len(work_N))
-    rows = shuffled[np.lexsort((-work_N[shuffled], stream_N[shuffled]))]
-    rows_XK, work_XK = _table(stream_N[rows], rows, work_N)
+    rows_XK, work_XK = _heaviest_first(shuffled, stream_N[shuffled], work_N, num_streams)
     place_XK, load_XS = to_lightest(work_XK, np.zeros((len(rows_XK), num_steps)))
     lightest_first_XS = np.argsort(load_XS, axis=1, kind="stable")
     step_XS = np.empty_like(lightest_first_XS)
@@ -74,22 +74,24 @@ def to_lightest(work_XK: np.ndarray, load_XP: np.ndarray) -> tuple[np.ndarray, n
 
 def by_step_and_stream(step_N: np.ndarray, stream_N: np.ndarray, num_steps: int, num_streams: int) -> np.ndarray:
     """Positions in the window as int64 [S, C, g], g = the most rows a stream has in a step; -1 is none."""
-    cell_N = step_N * num_streams + stream_N
-    order = np.argsort(cell_N, kind="stable")
-    return _rows_of(cell_N[order], order, num_steps * num_streams).reshape(num_steps, num_streams, -1)
+    return _table(np.arange(len(step_N)), step_N * num_streams + stream_N, num_steps * num_streams).reshape(num_steps, num_streams, -1)
 
 
-def _table(problem: np.ndarray, rows: np.ndarray, work_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and their work as one line per distinct problem (increasing), in the given order; padded with row -1 and work 0."""
-    rows_XK = _rows_of(np.unique(problem, return_inverse=True)[1], rows)
-    return rows_XK, np.where(rows_XK >= 0, work_N[rows_XK], 0.0)
+def _heaviest_first(rows: np.ndarray, line: np.ndarray, work_N: np.ndarray, num_lines: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of each line and their work, [lines, K]; padded with row -1 of no work."""
+    rows_XK = _table(rows, line, num_lines)
+    work_XK = np.where(rows_XK >= 0, work_N[rows_XK], 0.0)
+    order_XK = np.argsort(-work_XK, axis=1, kind="stable")
+    return np.take_along_axis(rows_XK, order_XK, 1), np.take_along_axis(work_XK, order_XK, 1)
 
 
-def _rows_of(line: np.ndarray, rows: np.ndarray, num_lines: int = 0) -> np.ndarray:
+def _table(rows: np.ndarray, line: np.ndarray, num_lines: int) -> np.ndarray:
+    """Rows of each line, in the given order, padded with -1."""
+    by_line = np.argsort(line.astype(np.min_scalar_type(num_lines)), kind="stable")  # up to 16 bits are sorted in linear time
     count = np.bincount(line, minlength=num_lines)
-    table = np.full((len(count), int(count.max())), -1)
-    table[line, np.arange(len(line)) - np.repeat(np.cumsum(count) - count, count)] = rows
-    return table
+    table_XK = np.full((num_lines, int(count.max())), -1)
+    table_XK[np.repeat(np.arange(num_lines), count), np.arange(len(line)) - np.repeat(np.cumsum(count) - count, count)] = rows[by_line]
+    return table_XK
 
 
 def deal_by_rows(work_Cn: np.ndarray, count: np.ndarray, rng: np.random.Generator, step_rows: int) -> np.ndarray:

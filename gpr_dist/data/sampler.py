@@ -119,7 +119,7 @@ class EpochPlan:
         num_steps = -(-len(rows_N) // self.sampling.global_batch_size)
         work_N = work(tokens_N, self.sampling.quadratic_at)
         stream_N = cut_by_work(work_N, np.append(self._ends[inside] - start, len(rows_N)), num_streams)
-        dealt_SCg = by_step_and_stream(deal_by_work(work_N, stream_N, num_steps, rng), stream_N, num_steps, num_streams)
+        dealt_SCg = by_step_and_stream(deal_by_work(work_N, stream_N, num_streams, num_steps, rng), stream_N, num_steps, num_streams)
         return np.where(dealt_SCg < 0, -1, rows_N[dealt_SCg]), np.where(dealt_SCg < 0, 0, tokens_N[dealt_SCg])
 
     def _window_of_equal_rows(self, number: int) -> tuple[np.ndarray, np.ndarray]:
