@@ -227,7 +227,8 @@ def fit_tiny(data: str, run: str, until: int, total: int = 8, zero_stage: int = 
     recorded = RecordedLoader(loader)
     schedule = {"num_steps": until, "shape": "constant", "lr": LR, "warmup_steps": 0}
     fit_config = FitConfig.model_validate({
-        "schedule": schedule, "alerts": {"first_after_steps": 5}, "on_nonfinite": policy, "max_skipped_steps": max_skipped, "validate_every_steps": 1 if validation else 0,
+        "schedule": schedule, "alerts": {"first_after_steps": 5}, "on_nonfinite": policy, "max_skipped_steps": max_skipped,
+        "validate_every_steps": 1 if validation else 0,
         "checkpoint": {"every_steps": every, "keep_last": keep_last, "keep_every_steps": keep_every, "background": background}})
     made_up = iter(validation or [])
     error = None

@@ -10,6 +10,9 @@ import torch
 from engine_workers import BETAS, LR, WEIGHT_DECAY, TwoParts, plain_training, two_parts_input
 from ranks import run_ranks
 
+from gpr_dist.training.spikes import read_traces
+from gpr_dist.training.tracker import read_events, read_metrics
+
 TOLERANCE = 1e-5
 
 
@@ -136,7 +139,9 @@ def test_policies_for_values_that_are_not_finite(tiny, tmp_path):
     cases = {"stop": {**base, "run": str(tmp_path / "stop"), "nan_steps": [3], "every": 1},
              "skip": {**base, "run": str(tmp_path / "skip"), "nan_steps": [2, 3, 5], "policy": "skip", "max_skipped": 3,
                       "precision": "bf16"},
-             "bounded": {**base, "run": str(tmp_path / "bounded"), "nan_steps": [2, 3, 4, 5], "policy": "skip", "max_skipped": 2}}
+             "bounded": {**base, "run": str(tmp_path / "bounded"), "nan_steps": [2, 3, 4, 5], "policy": "skip", "max_skipped": 2},
+             "watched": {**base, "run": str(tmp_path / "watched"), "until": 8, "spike_step": 7, "spike_rows": list(range(0, 1000, 3)),
+                         "slow_rank": 1}}
     results = run(tmp_path, 2, "fit_tiny", cases)
     for rank in range(2):
         stop, skip, bounded = (results[name][rank] for name in ("stop", "skip", "bounded"))
@@ -150,3 +155,19 @@ def test_policies_for_values_that_are_not_finite(tiny, tmp_path):
     left = sorted((tmp_path / "stop").glob("nonfinite-*.json"))
     assert [path.name for path in left] == ["nonfinite-step-000003-rank-00001.json"]
     assert [row for batch in json.loads(left[0].read_text())["micro_batches"] for row in batch] == rows
+    assert [(trace["step"], trace["reason"]) for trace in read_traces(tmp_path / "skip")] == [(2, "not finite"), (3, "not finite"),
+                                                                                            (5, "not finite")]
+    check_watched(tmp_path / "watched", results["watched"])
+
+
+def check_watched(folder, ranks):
+    """A spike at step 7 of every third row, on two ranks of which the second is slow, under ZeRO-3: nothing but that is told."""
+    assert [(event["step"], event["kind"]) for event in read_events(folder)] == [(7, "loss_spike")]
+    [trace] = read_traces(folder)
+    given = {rank: result["rows"][6] for rank, result in enumerate(ranks)}
+    assert {row["rank"] for row in trace["rows"]} == {0, 1} and all(row["row"] in given[row["rank"]] for row in trace["rows"])
+    assert trace["step"] == 7 and all(row["row"] % 3 == 0 and row["mean_nll"] > 20 for row in trace["rows"][:10])
+    assert all(ad["item_id"].startswith("ad-") for row in trace["rows"] for ad in row["ads"])
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
+    assert len(lines) == 8 and all(line["straggler_rank"] == 1 and line["straggler_gap"] > 1.1 for line in lines[1:])
+    assert all(1 <= line["work_gap"] < 1.5 and line["loss_action/click"] == pytest.approx(line["loss_head/1"]) for line in lines[:6])
