@@ -13,7 +13,8 @@ import pytest
 import yaml
 from ranks import ROOT
 
-from gpr_dist.config import load_config
+from gpr_dist.config import describe, load_config
+from gpr_dist.doctor import DoctorConfig
 from gpr_dist.job import PretrainConfig
 
 SBATCH = ROOT / "launch" / "slurm" / "pretrain.sbatch"
@@ -158,6 +159,16 @@ def test_pods_that_train_have_shared_memory_and_the_shared_folder(name):
         assert "persistentVolumeClaim" in mounts["/shared"]
         assert kind == "Launcher" or mounts["/dev/shm"]["emptyDir"]["medium"] == "Memory"
         assert all("value" not in entry for entry in container.get("env", []) if "KEY" in entry["name"]), "a secret in the manifest"
+
+
+def test_the_page_names_what_exists():
+    text = (ROOT / "launch" / "cluster.md").read_text()
+    for path in re.findall(r"(?:launch|tests)/[\w/]+\.\w+", text):
+        assert (ROOT / path).exists(), path
+    settings = {line.split("=")[0].strip() for line in describe(DoctorConfig)}
+    named = set(re.findall(r"\b((?:data|run|train|engine|cluster|tracker)(?:\.[a-z_]+)+)(?==|`|,| )", text))
+    assert len(named) > 10 and named <= settings, named - settings
+    assert "cluster.hostfile=hosts" in text
 
 
 def test_image_holds_what_the_manifests_call():
