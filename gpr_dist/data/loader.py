@@ -6,6 +6,7 @@ at a time, and handed out in order.
 """
 
 import itertools
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -34,6 +35,7 @@ from gpr_dist.errors import DataError
 from gpr_dist.hashing import row_keys
 from gpr_dist.schema import JOURNEY_SCHEMA, Batch
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 MakeBatch = Callable[[JourneyColumns, np.ndarray, int | None], Batch]
 """From the journeys of a micro-batch, their global row numbers and the number of the step (none = not for training) to the micro-batch."""
@@ -57,7 +59,8 @@ class LoaderConfig(Config):
     quadratic_at: int = Field(default=4096, ge=1)
     """journey length, in tokens, at which attention costs as much as the rest of a layer (about 6 x width); for balancing ranks"""
     balance: Literal["rows", "work"] = "rows"
-    """what ranks have equally much of at every step; work: tokens and attention, with num_streams best set to the most ranks ever used"""
+    """what ranks have equally much of at every step; work = tokens and attention, for which num_streams should be a multiple of the ranks
+    and shuffle_rows 1,000 or more"""
     verify: Literal["first_read", "never"] = "first_read"
     """when checksums are compared; of remote shards first_read means each read, as each is another transfer"""
     on_corrupt: Literal["stop", "skip"] = "stop"
@@ -249,6 +252,10 @@ def build_loader(folder: str | Path, config: LoaderConfig, world: World, codes_M
     """
     sampling = build_sampling(config.seed, config.global_batch_size, world.size, config.micro_batch_tokens, config.num_streams,
                               config.shuffle_rows, config.quadratic_at, config.balance)
+    uneven = math.ceil(sampling.num_streams / world.size) * world.size / sampling.num_streams
+    if config.balance == "work" and uneven > 1.05 and world.rank == 0:
+        log.warning("%d streams on %d ranks: the slowest has %.2f times the mean work at every step; num_streams, which cannot change on "
+                    "resume, should be a multiple of the ranks", sampling.num_streams, world.size, uneven)
     reader = ShardReader(folder, config.verify, config.on_corrupt, config.cache_dir, config.storage)
     if reader.manifest.num_rows == 0:
         raise DataError(f"{folder} has no journeys; check the time cut-offs of the build")

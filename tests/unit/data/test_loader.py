@@ -114,6 +114,12 @@ def test_resume_anywhere_on_any_number_of_ranks(folder, config, before, after, s
     assert run(second, 20) == straight[stop_at:]
 
 
+@pytest.mark.parametrize("config,world_size,warns", [(BY_WORK, 6, True), (BY_WORK, 4, False), (CONFIG, 6, False)])
+def test_streams_that_ranks_cannot_share_evenly_are_pointed_out_once(folder, caplog, config, world_size, warns):
+    loaders(folder, world_size, config)
+    assert ["8 streams on 6 ranks: the slowest has 1.50 times the mean" in record.message for record in caplog.records] == [True] * warns
+
+
 def test_resume_on_the_same_ranks_is_bit_identical(folder):
     straight = list(itertools.islice(build_loader(folder, CONFIG, World(1, 2), CODES, 4), 12))
     loader = build_loader(folder, CONFIG, World(1, 2), CODES, 4)
