@@ -60,7 +60,7 @@ def steps_of(folder, name):
     """metrics.jsonl of the optimisation steps, without what the clock says."""
     lines = [line for line in read_metrics(folder / name / "metrics.jsonl") if "policy_loss" in line]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1)), "every step once"
-    clock = ("_s", "seconds", "memory_gib")
+    clock = ("_s", "seconds", "memory_gib", "straggler_gap", "straggler_rank")
     return [{key: value for key, value in line.items() if not key.endswith(clock)} for line in lines]
 
 
