@@ -5,7 +5,6 @@ And reading back on any other number of ranks: the same numbers, from a share of
 
 import json
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,77 +12,14 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_files import write_checkpoint
+from thread_ranks import Group, ThreadEngine
 
 from gpr_dist.errors import CheckpointError
 from gpr_dist.training import checkpoint, saver
 from gpr_dist.training.checkpoint import CheckpointConfig
-from gpr_dist.training.engine import STATES, StateShard
 from gpr_dist.training.saver import Saver
 
 SHAPES = {"a": (64, 32), "b": (1000,), "c": (3,)}
-
-
-class Group:
-    """Ranks that are threads: collectives meet at a barrier."""
-
-    def __init__(self, world_size: int) -> None:
-        self.barrier, self.values = threading.Barrier(world_size, timeout=20), [torch.zeros(1)] * world_size
-        self.engines = [ThreadEngine(self, rank, world_size) for rank in range(world_size)]
-
-    def run(self, action: Callable[["ThreadEngine"], Any]) -> list[Any]:
-        """`action(engine)` on every rank. Returns: results in rank order; an exception is a result too."""
-        results: list[Any] = [None] * len(self.engines)
-
-        def call(rank: int) -> None:
-            try:
-                results[rank] = action(self.engines[rank])
-            except CheckpointError as error:
-                results[rank] = error
-
-        threads = [threading.Thread(target=call, args=(rank,)) for rank in range(len(self.engines))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(30)
-        assert not any(thread.is_alive() for thread in threads)
-        return results
-
-
-class ThreadEngine:
-    """What saving and loading see of an Engine, sharded as ZeRO-3 does; every element tells its parameter, state and place."""
-
-    def __init__(self, group: Group, rank: int, world_size: int) -> None:
-        self.group, self.rank, self.world_size, self.device = group, rank, world_size, torch.device("cpu")
-        self.shapes, self.optimizer_step, self.config = SHAPES, 7, SimpleNamespace(timeout_seconds=20.0)
-        self.shards = []
-        for number, (name, shape) in enumerate(SHAPES.items()):
-            size = torch.Size(shape).numel()
-            part = -(-size // world_size)
-            lo, hi = min(size, rank * part), min(size, (rank + 1) * part)
-            if lo < hi:
-                whole = {state: torch.arange(size) + 10_000.0 * (3 * number + k) for k, state in enumerate(STATES)}
-                self.shards.append(StateShard(name, lo, hi, {state: values[lo:hi].clone() for state, values in whole.items()}))
-
-    def all_reduce(self, values: torch.Tensor, op: str = "sum") -> torch.Tensor:
-        self.group.values[self.rank] = values
-        self.group.barrier.wait()
-        stacked = torch.stack(self.group.values)
-        self.group.barrier.wait()
-        return stacked.amax(0) if op == "max" else stacked.sum(0)
-
-    def barrier(self) -> None:
-        self.group.barrier.wait()
-
-    def state_shards(self) -> list[StateShard]:
-        return self.shards
-
-    loadable_shards = state_shards
-
-    def finish_loading(self, optimizer_step: int) -> None:
-        self.optimizer_step = optimizer_step
-
-    def numbers(self) -> dict[tuple, list[float]]:
-        return {(shard.name, shard.lo, key): values.tolist() for shard in self.shards for key, values in shard.tensors.items()}
 
 
 class Gate:
@@ -114,7 +50,7 @@ def complete(run: Path) -> list[str]:
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_what_is_saved_is_the_instant_of_the_call(tmp_path, monkeypatch, world_size):
     """The writer is held up, training changes everything meanwhile, and nothing of it is in the checkpoint."""
-    group, gate, progress = Group(world_size), Gate(monkeypatch, world_size - 1), {"step": 5}
+    group, gate, progress = Group(world_size, SHAPES), Gate(monkeypatch, world_size - 1), {"step": 5}
     savers = [Saver(engine, tmp_path, CheckpointConfig()) for engine in group.engines]
     before = [engine.numbers() for engine in group.engines]
 
@@ -133,7 +69,7 @@ def test_what_is_saved_is_the_instant_of_the_call(tmp_path, monkeypatch, world_s
     gate.opened.set()
     group.run(lambda engine: savers[engine.rank].wait())
     assert complete(tmp_path) == ["step-000005"] and savers[0].write_seconds > 0
-    other = Group(world_size)
+    other = Group(world_size, SHAPES)
     restored = other.run(lambda engine: checkpoint.load(engine, tmp_path / "step-000005", {"data": "d"}))
     assert [engine.numbers() for engine in other.engines] == before
     assert restored[0].state["progress"] == {"step": 5} and torch.equal(torch.get_rng_state(), random)
@@ -141,7 +77,7 @@ def test_what_is_saved_is_the_instant_of_the_call(tmp_path, monkeypatch, world_s
 
 def test_one_write_at_a_time_and_the_former_stays_until_the_commit(tmp_path, monkeypatch):
     """Rank 0 commits when the slowest rank's file is there; a save meets a write under way: it waits; retention acts after the commit."""
-    group, config = Group(2), CheckpointConfig(keep_last=1)
+    group, config = Group(2, SHAPES), CheckpointConfig(keep_last=1)
     savers = [Saver(engine, tmp_path, config) for engine in group.engines]
     group.run(lambda engine: (savers[engine.rank].save(1, state()), savers[engine.rank].wait()))
     assert complete(tmp_path) == ["step-000001"]
@@ -160,7 +96,7 @@ def test_one_write_at_a_time_and_the_former_stays_until_the_commit(tmp_path, mon
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_an_error_of_one_rank_reaches_all(tmp_path, monkeypatch, rank):
-    group = Group(3)
+    group = Group(3, SHAPES)
     savers = [Saver(engine, tmp_path, CheckpointConfig()) for engine in group.engines]
     group.run(lambda engine: (savers[engine.rank].save(1, state()), savers[engine.rank].wait()))
     gate = Gate(monkeypatch, rank, OSError(28, "No space left on device"))
@@ -173,7 +109,7 @@ def test_an_error_of_one_rank_reaches_all(tmp_path, monkeypatch, rank):
 
 
 def test_a_write_that_never_ends_is_an_error(tmp_path, monkeypatch):
-    group, gate = Group(2), Gate(monkeypatch, 1)
+    group, gate = Group(2, SHAPES), Gate(monkeypatch, 1)
     monkeypatch.setattr(saver, "_PATIENCE_S", 0.1)
     for engine in group.engines:
         engine.config.timeout_seconds = 0.3
@@ -190,13 +126,13 @@ def test_what_fails_after_the_commit_leaves_the_checkpoint(tmp_path, monkeypatch
 
     monkeypatch.setattr(checkpoint, "prune", prune)
     with pytest.raises(CheckpointError, match="Input/output error"):
-        saver.save(Group(1).engines[0], tmp_path, 1, state())
+        saver.save(Group(1, SHAPES).engines[0], tmp_path, 1, state())
     assert complete(tmp_path) == ["step-000001"]
 
 
 def test_room_is_looked_for_first(tmp_path, monkeypatch):
     """Neither this checkpoint nor what else is on the disk suffers."""
-    group = Group(2)
+    group = Group(2, SHAPES)
     savers = [Saver(engine, tmp_path, CheckpointConfig()) for engine in group.engines]
     monkeypatch.setattr(saver.shutil, "disk_usage", lambda _: SimpleNamespace(total=10**9, free=1000))
     problems = group.run(lambda engine: savers[engine.rank].save(1, state()))
@@ -252,7 +188,7 @@ def test_a_rank_reads_its_share_of_the_bytes(tmp_path, monkeypatch, before, afte
     monkeypatch.setattr(checkpoint, "block_checksum", count)
     total = sum(path.stat().st_size for path in folder.iterdir() if path.name != "manifest.json")
     checked_by_all = 0
-    for engine in Group(after).engines:
+    for engine in Group(after, SHAPES).engines:
         loaded.clear(), checked.clear()
         assert checkpoint.verify(folder, engine.rank, after) is None
         checkpoint.load(engine, folder, {"data": "d"})
