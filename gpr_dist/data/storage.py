@@ -41,8 +41,8 @@ _jitter = random.Random()  # not the global generator: a retry must not move the
 class StorageConfig(Config):
     """Patience with remote shards (s3://, gs://, hdfs://); local ones are read once."""
 
-    max_attempts: int = Field(default=10, ge=1)
-    """attempts per read, the first one included; the waits between them double from 0.2 to 20 seconds, with jitter"""
+    max_attempts: int = Field(default=16, ge=1)
+    """attempts per read, the first one included; waits between them double from 0.2 to 20 seconds, with jitter: 16 outlast 2 minutes"""
     max_read_s: float = Field(default=300.0, gt=0)
     """seconds per read over all attempts and waits; then the run stops with an error"""
     attempt_s: float = Field(default=60.0, gt=0)
