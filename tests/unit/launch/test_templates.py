@@ -23,7 +23,9 @@ IMAGE_ROOT = "/opt/gpr-dist"
 RECORD = '#!/usr/bin/env bash\necho "$(basename "$0") $*" >> "$RECORD"\n'
 FAKES = {
     "srun": 'while [ "$1" != torchrun ]; do shift; done\nexec "$@"\n',
-    "scontrol": '[ "$1" = show ] && printf "node1\\nnode2\\n"\nexit 0\n',
+    "scontrol": '[ "$2" = hostnames ] && printf "node1\\nnode2\\n"\n'
+                '[ "$2" = job ] && printf " StartTime=2026-01-02T10:00:00 EndTime=x\\n PreemptTime=${PREEMPTED:-None} Suspend=None\\n"\n'
+                'exit 0\n',
     "scancel": 'kill -USR1 "$(cat "$RECORD.pid")"\n',
     "torchrun": 'echo $$ > "$RECORD.pid"\ntrap "sleep 0.3; exit 1" USR1\n[ -n "${END:-}" ] && exit "$END"\n'
                 'for _ in $(seq 200); do sleep 0.05; done\n'}
@@ -97,7 +99,7 @@ def wait_until_training(calls, folder: Path) -> None:
 
 @pytest.mark.parametrize(("number", "requeued", "code"), [(signal.SIGUSR1, True, 0), (signal.SIGTERM, False, 1)])
 def test_slurm_saves_and_requeues(submit, tmp_path, number, requeued, code):
-    """Before its time is up the job tells its ranks, waits for them, and requeues itself; preempted, SLURM does that."""
+    """Before its time is up the job tells its ranks, waits for them, and requeues itself; cancelled, it only tells them."""
     process, calls = submit()
     wait_until_training(calls, tmp_path)
     os.kill(process.pid, number)
@@ -108,11 +110,13 @@ def test_slurm_saves_and_requeues(submit, tmp_path, number, requeued, code):
     assert ("scontrol requeue 7" in calls()) == requeued
 
 
-@pytest.mark.parametrize("code", [0, 3])
-def test_slurm_job_ends_as_its_training_does(submit, code):
-    process, calls = submit(END=str(code))
-    assert process.wait(20) == code
-    assert "scontrol requeue 7" not in calls()
+@pytest.mark.parametrize(("ended", "preempted", "requeued"), [
+    (0, "2026-01-02T11:00:00", False), (3, "None", False), (3, "2026-01-02T09:00:00", False), (3, "2026-01-02T11:00:00", True)])
+def test_slurm_job_ends_as_its_training_does_unless_preempted(submit, ended, preempted, requeued):
+    """Preempted in this life, not in an earlier one: SLURM tells the ranks, and leaves a job that ends by itself out of the queue."""
+    process, calls = submit(END=str(ended), PREEMPTED=preempted)
+    assert process.wait(20) == (0 if requeued else ended)
+    assert ("scontrol requeue 7" in calls()) == requeued
 
 
 def test_slurm_calls_what_exists():
