@@ -2,6 +2,7 @@
 
     python launch/build_data.py --config configs/data/complete_journey.yaml
     python launch/build_data.py --config configs/data/example_own_logs.yaml num_workers=8 --dry-run
+    python launch/build_data.py --config my_logs.yaml runner=ray num_workers=64     # on the Ray cluster of RAY_ADDRESS
 """
 
 from pathlib import Path
