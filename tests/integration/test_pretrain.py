@@ -13,7 +13,7 @@ from gpr_dist.errors import ConfigError, DataError
 from gpr_dist.job import PretrainConfig, RunConfig, prepare_history
 from gpr_dist.schema import ShardManifest
 from gpr_dist.start import check_resume
-from gpr_dist.training.tracker import Tracker, TrackerConfig, read_metrics
+from gpr_dist.training.tracker import Tracker, TrackerConfig, read_events, read_metrics
 
 
 def check_finished(job: Pretraining, run, steps: int = NUM_STEPS) -> None:
@@ -26,8 +26,11 @@ def check_finished(job: Pretraining, run, steps: int = NUM_STEPS) -> None:
     last = [line for line in read_metrics(run / "metrics.jsonl") if line["step"] == steps]
     merged = {key: value for line in last for key, value in line.items()}
     wanted = {"loss", "lr", "grad_norm", "tokens_per_s", "mfu", "loader_wait_s", "memory_gib", "loss_head/1", "loss_head/4", "loss_level/3",
-              "validation/loss", "validation/hitr@2", "checkpoint/seconds"}
+              "validation/loss", "validation/hitr@2", "checkpoint/seconds", "loss_after/E", "loss_action/click"}
+    wanted |= {"straggler_gap", "straggler_rank", "work_gap"} if "2 rank(s)" in job.stderr else set()
     assert wanted <= merged.keys()
+    begin, *_, end = read_events(run)
+    assert (begin["event"], begin["num_steps"], end["event"], end["status"]) == ("start", steps, "end", "finished")
     assert load_config(PretrainConfig, run / "config.yaml").train.schedule.num_steps == steps
 
 
