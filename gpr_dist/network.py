@@ -1,6 +1,7 @@
-"""Which network interface of this host reaches the other hosts of a job: gloo, left alone, takes the address of the host's own name.
+"""How the ranks of a job find each other: whether a launcher said who they are, and which interface reaches the other hosts.
 
-On Debian and its kin that is 127.0.1.1, which no other host reaches. NCCL chooses well by itself.
+gloo, left alone, takes the address of the host's own name. On Debian and its kin that is 127.0.1.1, which no other host reaches. NCCL
+chooses well by itself.
 """
 
 import ipaddress
@@ -9,7 +10,19 @@ import socket
 
 import psutil
 
+from gpr_dist.errors import ConfigError
+
 ANYWHERE = "192.0.2.1"  # RFC 5737: belongs to nobody; asking for the route to it sends nothing
+OTHER_LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+"""how mpirun, mpiexec and srun say how many processes they started"""
+
+
+def check_launcher() -> None:
+    """Raises: ConfigError when something started several of us without telling torch: each would train alone, in the same run folder."""
+    for name in OTHER_LAUNCHERS:
+        if "RANK" not in os.environ and int(os.environ.get(name, 1)) > 1:
+            raise ConfigError(f"{name}={os.environ[name]}, but RANK is not set: so many runs in one folder; start torchrun once "
+                              "per host (launch/cluster.md)")
 
 
 def spans_hosts() -> bool:

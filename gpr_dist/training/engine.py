@@ -28,7 +28,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from gpr_dist.config import Config  # noqa: E402
 from gpr_dist.errors import ConfigError  # noqa: E402
-from gpr_dist.network import interface_to, spans_hosts  # noqa: E402
+from gpr_dist.network import check_launcher, interface_to, spans_hosts  # noqa: E402
 from gpr_dist.training.watchdog import COLLECTIVE_MARGIN_S  # noqa: E402
 
 STATES = ("param", "exp_avg", "exp_avg_sq")
@@ -82,6 +82,7 @@ def init_distributed(timeout_seconds: float = 1800.0) -> None:
     GLOO_SOCKET_IFNAME, if unset, becomes the interface to the other hosts.
     Args: timeout_seconds: that of the watchdog, which ends a run that hangs before a collective does; 0 = never.
     """
+    check_launcher()
     deepspeed_logger.setLevel("ERROR")
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)

@@ -13,7 +13,7 @@ LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 FILES = sorted(path for folder in ("gpr_dist", "data_pipeline", "launch") for path in (ROOT / folder).rglob("*.py"))
 WITHIN_ROOT = {("schema", "config"), ("schema", "errors"), ("config", "errors"), ("hashing", "errors"),
                ("bundle", "config"), ("bundle", "errors"), ("bundle", "schema"), ("bundle", "safety"), ("schema", "safety"),
-               ("config", "safety"), ("errors", "safety"), ("host_facts", "network")}
+               ("config", "safety"), ("errors", "safety"), ("host_facts", "network"), ("network", "errors")}
 ONLY_IN = {"deepspeed": "gpr_dist/training/engine.py", "wandb": "gpr_dist/training/tracker.py"}
 
 

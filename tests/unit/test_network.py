@@ -6,6 +6,7 @@ from collections import namedtuple
 import pytest
 
 from gpr_dist import network
+from gpr_dist.errors import ConfigError
 
 Address = namedtuple("Address", "family address")
 State = namedtuple("State", "isup")
@@ -44,6 +45,22 @@ def test_spans_hosts(monkeypatch, environment, expected):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert network.spans_hosts() == expected
+
+
+def test_processes_that_nobody_told_apart_do_not_train(monkeypatch):
+    for name in ("RANK", *network.OTHER_LAUNCHERS):
+        monkeypatch.delenv(name, raising=False)
+    network.check_launcher()
+    for name in network.OTHER_LAUNCHERS:
+        monkeypatch.setenv(name, "1")
+        network.check_launcher()
+        monkeypatch.setenv(name, "4")
+        with pytest.raises(ConfigError, match=f"{name}=4"):
+            network.check_launcher()
+        monkeypatch.setenv("RANK", "0")  # torchrun under srun
+        network.check_launcher()
+        monkeypatch.delenv("RANK")
+        monkeypatch.delenv(name)
 
 
 def test_an_unknown_name_has_no_route():
