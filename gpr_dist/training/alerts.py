@@ -85,6 +85,6 @@ class Alerts:
                                f"{step}); raise data.loader.pack_threads, read_threads or prefetch_steps, or look at the storage"))
         usual, now = median(self.rates), median(list(self.rates)[-RECENT:])
         if now < (1 - self.config.throughput_drop) * usual:
-            found.append(Alert("throughput", f"{now:,.0f} tokens (HEPO: candidates) per second at step {step}, usual is {usual:,.0f}; "
+            found.append(Alert("throughput", f"{now / usual:.0%} of the usual speed at step {step}: {now:,.0f} of {usual:,.0f} per second; "
                                "look at straggler_rank, loader_wait_s and the load of the hosts"))
         return found
