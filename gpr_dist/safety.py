@@ -18,8 +18,8 @@ _SECRET_NAME = re.compile(_NAME, re.IGNORECASE)
 _QUERY_NAME = re.compile(rf"{_NAME}|token|sig|key|X-Amz-.*", re.IGNORECASE)
 _ENVIRONMENT = re.compile(r"(?:.*_)?(?:KEY|SECRET|TOKEN|PASSWORD|PASSWD|SALT|KEY_ID)", re.IGNORECASE)
 _LEAST_SECRET_CHARACTERS = 8  # shorter values of such variables are words that stand everywhere
-_RULES = [  # a name and a password before the @ of a URI, also where somebody forgot to escape a slash in it; headers; known forms
-    (re.compile(r"(?<=://)(?:[^\s/@'\"]*|(?![^\s/:@]*:\d+/)[^\s/:@'\"]+:[^\s@'\"]+)@"), ""),
+_RULES = [  # what stands before the @ of a URI, also with a slash in it, or as a Path shows a URI; headers; known forms
+    (re.compile(r"(?<=\w\w:/)(/?)(?:[^\s/@'\"]*|(?![^\s/:@]*:\d+/)[^\s/:@'\"]+:[^\s@'\"]+)@"), r"\1"),
     (re.compile(rf"\b({_NAME})(['\"]?\s*[=:]\s*)(?!['\"]?(?:None|null)\b)(?:'[^']*'|\"[^\"]*\"|[^\s'\",;&)}}]+)", re.IGNORECASE),
      rf"\1\2{MASK}"),
     (re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]{8,}"), rf"\1 {MASK}"),

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from pretrain_runs import NUM_STEPS, Pretraining, build_tiny_data, run_pretraining, write_configs
+from pretrain_runs import NUM_STEPS, SECRET_URI, SECRETS, Pretraining, build_tiny_data, run_pretraining, write_configs
 
 
 @pytest.fixture(scope="session")
@@ -20,8 +20,10 @@ def python_run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pr
     folder = tmp_path_factory.mktemp("python")
     write_configs(folder, logs=tiny / "logs")
     overrides = [f"data.folder={folder}/data", f"data.build={folder}/build.yaml", f"data.fit_tokenizer={folder}/tokenizer.yaml",
-                 f"run.folder={folder}/runs", "run.name=whole", "train.checkpoint.every_steps=1", f"train.checkpoint.keep_last={NUM_STEPS}"]
-    return run_pretraining(folder / "job", overrides, launcher="python", wandb="offline"), folder / "runs" / "whole"
+                 f"run.folder={folder}/runs", "run.name=whole", "train.checkpoint.every_steps=1", f"train.checkpoint.keep_last={NUM_STEPS}",
+                 f"data.loader.cache_dir={SECRET_URI}"]
+    job = run_pretraining(folder / "job", overrides, launcher="python", wandb="offline", environment=SECRETS)
+    return job, folder / "runs" / "whole"
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,9 @@ from gpr_dist.errors import run_cli
 DAY = 86400
 JOB_MARK = "GPR_TEST_JOB"
 NUM_STEPS = 20
+SECRETS = {"WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567", "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI-K7MDENG-bPxRfiCY",
+           "HF_TOKEN": "hf_abcdefghijklmnopqrstuvwxyz", "GPR_USER_SALT": "a salt that a cluster's secrets hold"}
+SECRET_URI = "s3://AKIAIOSFODNN7EXAMPLE:not/escaped/secret@bucket/cache?region=eu&session_token=FwoGZXIvYXdz"
 NUM_USERS, NUM_ADS, NUM_ARTICLES = 240, 150, 100
 WORDS = [a + b for a in ("red", "blue", "wild", "tiny", "old") for b in ("tea", "shoe", "lamp", "book", "car", "bike", "hat", "pen")]
 TINY = ["data.loader.global_batch_size=16", "data.loader.micro_batch_tokens=512", "model.width=16", "model.hsd.num_heads=2",
