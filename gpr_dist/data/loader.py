@@ -8,6 +8,7 @@ at a time, and handed out in order.
 import itertools
 import logging
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 MakeBatch = Callable[[JourneyColumns, np.ndarray, int | None], Batch]
 """From the journeys of a micro-batch, their global row numbers and the number of the step (none = not for training) to the micro-batch."""
+_ROWS_AT_ONCE = 2048
 USED_COLUMNS = [name for name in JOURNEY_SCHEMA.names if name != "user_id"]
 
 
@@ -135,21 +137,20 @@ class Loader:
                     yield partial(self._make_step, plan.epoch, step, window, place)
 
     def _make_step(self, epoch: int, step: int, window: Future, place: int) -> Step:
-        packed_steps, held = window.result()
         draw = epoch * self.steps_per_epoch + step
-        return Step(epoch, step, [self._make_batch(journeys, rows, draw) for rows, journeys in held.take(packed_steps[place])])
+        return Step(epoch, step, [self._make_batch(journeys, rows, draw) for rows, journeys in window.result().take(place)])
 
     def _windows(self, epoch: int, first_step: int, ahead: ThreadPoolExecutor, readers: ThreadPoolExecutor,
                  ) -> Iterator[tuple[EpochPlan, range, Future]]:
-        """(epoch, its steps, micro-batches of each and this rank's rows) of windows, each loaded while the one before is used."""
+        """(epoch, its steps, their journeys) of windows, each loaded while the one before is used."""
         kept: dict[int, pa.RecordBatch] = {}
         sampling = self.sampling
 
-        def load(plan: EpochPlan, number: int, done: int) -> tuple[list[list[np.ndarray]], HeldRows]:
+        def load(plan: EpochPlan, number: int, done: int) -> WindowSteps:
             rows_SCg, tokens_SCg = plan.window(number)
             packed = pack_steps(rows_SCg[done:], tokens_SCg[done:], self.world, sampling.micro_batch_tokens, sampling.quadratic_at)
             mine = rows_SCg[:, owned_streams(sampling.num_streams, self.world)]
-            return packed, HeldRows.load(self.reader, np.sort(mine[mine >= 0]), self._columns, readers, kept)
+            return WindowSteps(packed, HeldRows.load(self.reader, np.sort(mine[mine >= 0]), self._columns, readers, kept))
 
         pending: tuple | None = None
         for current in itertools.count(epoch):
@@ -211,6 +212,29 @@ class HeldRows:
             rows, at, bounds = rows[present], at[present], present.searchsorted(bounds).tolist()
         journeys = self.stored.take(rows + self.position.take(at))
         return [(rows[begin:end], journeys.slice(begin, end)) for begin, end in itertools.pairwise(bounds)]
+
+
+class WindowSteps:
+    """Journeys of the steps of a window, each asked for once. Several steps are copied at a time: for the few hundred rows of one, the
+    calls cost as much as the bytes."""
+
+    def __init__(self, packed: list[list[np.ndarray]], held: HeldRows) -> None:
+        """Args: packed: global row numbers of each micro-batch of each step."""
+        self._packed, self._held = packed, held
+        rows_of_a_step = max(1, sum(map(len, packed[0])))
+        self._at_once = max(1, _ROWS_AT_ONCE // rows_of_a_step)
+        self._copied: dict[int, list[tuple[np.ndarray, JourneyColumns]]] = {}
+        self._lock = threading.Lock()
+
+    def take(self, place: int) -> list[tuple[np.ndarray, JourneyColumns]]:
+        """As `HeldRows.take` for the micro-batches of one step; may be called from several threads."""
+        with self._lock:
+            if place not in self._copied:
+                first = place - place % self._at_once
+                steps = self._packed[first:first + self._at_once]
+                micro_batches = iter(self._held.take(list(itertools.chain(*steps))))
+                self._copied |= {first + at: list(itertools.islice(micro_batches, len(step))) for at, step in enumerate(steps)}
+            return self._copied.pop(place)
 
 
 class OnePass:
