@@ -30,11 +30,11 @@ from gpr_dist.errors import ConfigError, DataError, TokenizerError
 from gpr_dist.host_facts import ROOT
 from gpr_dist.job import PretrainConfig, resolve, split_shards, tokenizer_folder
 from gpr_dist.model.flops import count_parameters
+from gpr_dist.model.memory import checkpoint_bytes
 from gpr_dist.safety import redact
 
 MAX_SKEW_S = 5.0
 MIN_SHM_BYTES = 1 << 30
-STATE_BYTES = 12  # of a parameter in a checkpoint: float32 weights and two moments
 SECRET = re.compile(r"key|token|secret|password", re.I)
 CARRIED_BY_DEEPSPEED = ("PYTHON", "NCCL", "MLFLOW", "UCX", "MV2")
 WORTH_CARRYING = re.compile(r"(OMP|GLOO|CUDA|TORCH|WANDB|AWS)_\w+|LD_LIBRARY_PATH|HTTPS?_PROXY", re.I)
@@ -223,7 +223,7 @@ def check_folder(facts: Facts, config: PretrainConfig) -> Iterator[Finding]:
 def check_space(config: PretrainConfig) -> Iterator[Finding]:
     """Whether what the retention rules keep fits on the disk."""
     saving = config.train.checkpoint
-    each = STATE_BYTES * sum(count_parameters(config.model).values())
+    each = checkpoint_bytes(sum(count_parameters(config.model).values()), 1)
     milestones = config.train.schedule.num_steps // saving.keep_every_steps if saving.keep_every_steps else 0
     count = saving.keep_last + 1 + saving.keep_best + milestones  # one more while it is written
     free = shutil.disk_usage(config.run.folder.resolve()).free
