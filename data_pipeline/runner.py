@@ -74,9 +74,9 @@ def _ray_tasks(num_workers: int, memory_bytes: int) -> Iterator[Run]:
     running: list[Any] = []
 
     def run(work: Callable[..., T], arguments: list[tuple]) -> Iterator[T]:
-        left = iter(arguments)
+        left, named = iter(arguments), task.options(name=work.__name__)
         while True:
-            running.extend(task.remote(os.getcwd(), work, *a) for a in islice(left, num_workers - len(running)))
+            running.extend(named.remote(os.getcwd(), work, *a) for a in islice(left, num_workers - len(running)))
             if not running:
                 return
             [done], running[:] = ray.wait(running)
