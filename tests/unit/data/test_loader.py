@@ -13,6 +13,7 @@ import torch
 from journeys_fixture import NUM_ITEMS, random_journeys, write_split
 
 from data_pipeline.shards import ShardConfig
+from gpr_dist.data import loader as loader_module
 from gpr_dist.data.loader import LoaderConfig, build_loader, in_order, iter_once
 from gpr_dist.data.sampler import World
 from gpr_dist.errors import DataError
@@ -138,6 +139,19 @@ def test_prefetch_and_threads_change_nothing(folder, pack_threads, prefetch_step
         assert (a.epoch, a.step_in_epoch) == (b.epoch, b.step_in_epoch)
         assert all(equal(x, y) for x, y in zip(a.micro_batches, b.micro_batches, strict=True))
         assert plain.state_dict() == ahead.state_dict()
+
+
+@pytest.mark.parametrize("rows_at_once,pack_threads", [(1, 1), (30, 1), (30, 4)])
+def test_steps_copied_together_are_those_copied_alone(folder, monkeypatch, rows_at_once, pack_threads):
+    config = CONFIG.model_copy(update={"prefetch_steps": 3, "pack_threads": pack_threads})
+
+    def batches():
+        steps = itertools.islice(build_loader(folder, config, World(1, 2), CODES, 4), 25)
+        return [batch for step in steps for batch in step.micro_batches]
+
+    expected = batches()
+    monkeypatch.setattr(loader_module, "_ROWS_AT_ONCE", rows_at_once)  # 1 = every step alone; else some together, the last fewer
+    assert all(equal(a, b) for a, b in zip(expected, batches(), strict=True))
 
 
 def test_both_containers_give_the_same_batches(tmp_path):
