@@ -7,8 +7,8 @@
         second.slow("2mbit"); second.restore()                 # both directions; a queue of up to a second, then loss
         second.kill()                                          # power loss: first the cable, then every process of it at once
 
-A host is called host0, host1 ...; `Host.address` is its IPv4 address, the same in every host's /etc/hosts; `Host.hosts_line`s make a
-hostfile (`write_hostfile`). All hosts see this machine's files, so any folder is a shared folder. Root's ssh goes from each to each
+A host is called host0, host1 ...; `Host.address` is its IPv4 address, the same in every host's /etc/hosts; `write_hostfile` makes
+DeepSpeed's hostfile. All hosts see this machine's files, so any folder is a shared folder. Root's ssh goes from each to each
 without a password, with keys that live in `folder` only; an ssh session has a clean environment, as on a real cluster. As on Debian,
 a host's own name is 127.0.1.1 to itself. Processes of a host are ordinary processes seen from outside (/proc, os.kill, members_of), but
 they cannot be reached by network from outside. When the `with` block ends, or the test process dies in whatever way, the kernel
