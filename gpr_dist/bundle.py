@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 import xxhash
-from safetensors import safe_open
 
 from gpr_dist.config import Config, build_config
 from gpr_dist.errors import CheckpointError, ConfigError
-from gpr_dist.safety import inside
+from gpr_dist.safety import inside, open_tensors
 from gpr_dist.schema import file_checksum, write_atomic
 
 BUNDLE_VERSION = 1
@@ -129,7 +128,7 @@ def verify(folder: Path, manifest: BundleManifest, names: list[str] | None = Non
 
 def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shape of every weight."""
-    with safe_open(folder / WEIGHTS, "pt") as file:
+    with open_tensors(folder / WEIGHTS, CheckpointError) as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
@@ -138,7 +137,7 @@ def read_weight_range(target: torch.Tensor, lo: int, hi: int, folder: Path, name
 
     Raises: CheckpointError when there is no such weight or it is too small.
     """
-    with safe_open(folder / WEIGHTS, "pt") as file:
+    with open_tensors(folder / WEIGHTS, CheckpointError) as file:
         if name not in file.keys():  # noqa: SIM118
             raise CheckpointError(f"{folder / WEIGHTS} has no weight {name}; is the configured model another one?")
         view = file.get_slice(name)

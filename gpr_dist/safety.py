@@ -11,6 +11,8 @@ import traceback
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 MASK = "***"
 _NAME = (r"(?:\w*[_.-])?(?:password|passwd|secret|api_?key|access_?key(?:_?id)?|secret_?key|account_?key|private_?key|credentials?"
          r"|(?:auth|access|bearer|session|security|api|hub|hf|refresh)_?token|signature)")
@@ -73,6 +75,20 @@ def inside(folder: str | Path, name: str, where: object, error: type[Exception])
     if ("/" in name or path.is_symlink()) and not path.resolve().is_relative_to(Path(folder).resolve()):
         raise error(f"{where} names {name!r}, a link that leads out of {folder}; do not use it")
     return path
+
+
+def open_tensors(path: Path, error: type[Exception], framework: str = "pt", device: str = "cpu") -> Any:
+    """A safetensors file, opened. Raises: `error` for anything else, a pickle among them, without looking further into it."""
+    try:
+        return safe_open(path, framework, device)
+    except (OSError, SafetensorError) as problem:
+        raise error(f"{path} is missing or no safetensors file ({problem}); make it again, do not use what is there") from None
+
+
+def load_tensors(path: Path, error: type[Exception], framework: str = "pt", device: str = "cpu") -> dict[str, Any]:
+    """All of a safetensors file. Raises: as `open_tensors`."""
+    with open_tensors(path, error, framework, device) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def _environment_secrets() -> list[str]:

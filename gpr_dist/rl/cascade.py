@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from pydantic import Field
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,6 +21,7 @@ from gpr_dist.data.sampler import World
 from gpr_dist.errors import DataError
 from gpr_dist.rl.rankers import RankerConfig, recent_past
 from gpr_dist.rl.simulator import Simulator
+from gpr_dist.safety import load_tensors
 from gpr_dist.schema import Batch, write_atomic
 
 # R requests  K ranked ads  H past events  M catalogue items  X entries (request, ad, mass)  P transitions (item, next ad)
@@ -132,7 +133,7 @@ class Retriever(NamedTuple):
         """Raises: DataError when there is none."""
         try:
             config = RetrieverConfig.model_validate_json((Path(folder) / "retriever.json").read_bytes())
-            return cls(config, **load_file(Path(folder) / FILE))
+            return cls(config, **load_tensors(Path(folder) / FILE, DataError, "np"))
         except OSError as error:
             raise DataError(f"{folder} has no retriever ({error.strerror}); fit it with launch/fit_simulator.py") from None
 

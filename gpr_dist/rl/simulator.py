@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from gpr_dist.config import Config, build_config
@@ -19,7 +19,7 @@ from gpr_dist.rl.bids import PER_MILLE
 from gpr_dist.rl.calibration import Curve
 from gpr_dist.rl.examples import LabelConfig, log_doubt, log_sampling_rate
 from gpr_dist.rl.rankers import RankerConfig, Rankers
-from gpr_dist.safety import inside
+from gpr_dist.safety import inside, load_tensors
 from gpr_dist.schema import Batch, file_checksum, write_atomic
 from gpr_dist.tokenizer.semantic_ids import SemanticIds
 
@@ -187,8 +187,8 @@ class Simulator:
             if not (folder / name).is_file() or file_checksum(folder / name) != expected:
                 raise DataError(f"{folder / name} is missing or damaged; {REFIT}")
         rankers = Rankers(facts.rankers, facts.num_levels, facts.codebook_size, facts.num_user_features, facts.num_env_features)
-        rankers.load_state_dict(load_file(folder / "rankers.safetensors"))
-        simulator = cls(facts, rankers, **load_file(folder / "items.safetensors"))
+        rankers.load_state_dict(load_tensors(folder / "rankers.safetensors", DataError))
+        simulator = cls(facts, rankers, **load_tensors(folder / "items.safetensors", DataError))
         if semantic_ids is not None:
             simulator.check(semantic_ids, str(folder))
         return simulator.to(device)

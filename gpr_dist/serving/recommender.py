@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from gpr_dist.bundle import WEIGHTS, BundleManifest, check_name, read_manifest, verify
+from gpr_dist.bundle import WEIGHTS, BundleManifest, read_manifest, verify
 from gpr_dist.config import build_config
 from gpr_dist.data.eligibility import Eligibility
 from gpr_dist.data.past import PastItems
@@ -29,6 +28,7 @@ from gpr_dist.decoding.search import SearchModel, search
 from gpr_dist.decoding.trie import Trie
 from gpr_dist.errors import CheckpointError
 from gpr_dist.model.gpr import GPR, GPRConfig
+from gpr_dist.safety import open_tensors
 from gpr_dist.schema import EVERY_AD, Batch
 from gpr_dist.serving.export import CALIBRATION, ITEM_WEIGHT, catalogue_lookup
 from gpr_dist.serving.prompts import Prompts, build_prompts
@@ -36,7 +36,7 @@ from gpr_dist.serving.requests import Parsed, parse_lines, parse_table
 from gpr_dist.serving.rules import Rules
 from gpr_dist.serving.settings import RANKERS, BundleSettings, Ranker, check_ranker
 from gpr_dist.serving.wishes import Audiences, Shown, Wishes, read_wishes
-from gpr_dist.tokenizer.semantic_ids import BUNDLE_FILE, SemanticIds
+from gpr_dist.tokenizer.semantic_ids import SemanticIds
 
 # R requests  B of them decoded together  K ads  L levels  I catalogue items
 
@@ -233,9 +233,6 @@ class _Groups:
 
 
 def _open_tokenizer(folder: Path, manifest: BundleManifest) -> SemanticIds:
-    listed = json.loads((folder / "tokenizer" / BUNDLE_FILE).read_bytes())
-    for name in (*listed["checksums"], listed["quantizer"], listed["codes"]):
-        check_name(folder / "tokenizer", name, folder / "tokenizer" / BUNDLE_FILE)
     semantic_ids = SemanticIds.load(folder / "tokenizer")
     semantic_ids.check_codebooks(manifest.fingerprints["tokenizer"], str(folder))
     return semantic_ids
@@ -245,7 +242,7 @@ def _open_model(folder: Path, manifest: BundleManifest, device: torch.device) ->
     """The weights as float32, one at a time. Raises: CheckpointError when they are not those of the model's config."""
     model = GPR(build_config(GPRConfig, manifest.model, f"{folder}/bundle.json")).eval()
     wanted = dict(model.named_parameters())
-    with safe_open(folder / WEIGHTS, "pt") as file, torch.no_grad():
+    with open_tensors(folder / WEIGHTS, CheckpointError) as file, torch.no_grad():
         found = set(file.keys())
         if found != wanted.keys():
             odd = sorted(found ^ wanted.keys())[0]

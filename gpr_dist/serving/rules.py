@@ -29,7 +29,7 @@ import pyarrow.csv as pv
 import pyarrow.parquet as pq
 import torch
 from pydantic import Field
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from gpr_dist.config import Config, build_config
@@ -37,6 +37,7 @@ from gpr_dist.decoding.eligibility_rules import Table, capped, flag, listed, pac
 from gpr_dist.decoding.trie import Trie
 from gpr_dist.errors import CheckpointError, DataError
 from gpr_dist.hashing import hash_strings
+from gpr_dist.safety import load_tensors
 from gpr_dist.schema import NO_ITEM
 
 # R requests  I catalogue items  Gr audiences  Y bytes of packed slots  X (ad, value) pairs, or (request, item) pairs
@@ -131,7 +132,7 @@ class Rules:
         """Those of a bundle, None where it has none. Raises: CheckpointError when they are not of this trie."""
         if not (folder / RULES).is_file():
             return None
-        content, tensors = json.loads((folder / RULES).read_text()), load_file(folder / TABLES, str(trie.device))
+        content, tensors = json.loads((folder / RULES).read_text()), load_tensors(folder / TABLES, CheckpointError, device=str(trie.device))
         rules = tuple(build_config(RuleConfig, entry["rule"], str(folder / RULES)) for entry in content)
         values = tuple(tuple(entry["values"]) for entry in content)
         num_bytes = -(-trie.slot_item.numel() // 8)

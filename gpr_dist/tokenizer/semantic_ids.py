@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import xxhash
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 
 from gpr_dist.config import build_config
 from gpr_dist.errors import GPRError, TokenizerError
-from gpr_dist.safety import inside
+from gpr_dist.safety import inside, load_tensors
 from gpr_dist.schema import file_checksum, write_atomic
 from gpr_dist.tokenizer.config import TokenizerConfig
 from gpr_dist.tokenizer.metrics import Groups, TokenizerReport, group_items, pack
@@ -178,11 +178,11 @@ class SemanticIds:
             if (found := file_checksum(folder / name)) != expected:
                 raise TokenizerError(f"{folder / name} is damaged (checksum {found}, expected {expected}); "
                                      "restore the bundle or fit it again with launch/fit_tokenizer.py")
-        report = content["report"]
+        report, quantizer = content["report"], folder / content["quantizer"]
         return cls(
             codes_NL=_read_codes(folder / content["codes"]),
             quantizer=Quantizer.from_tensors(build_config(TokenizerConfig, content["config"], str(folder / BUNDLE_FILE)),
-                                             load_file(folder / content["quantizer"]), str(folder / content["quantizer"])),
+                                             load_tensors(quantizer, TokenizerError, "np"), str(quantizer)),
             catalogues=tuple(content["catalogues"]),
             report=build_config(TokenizerReport, report, str(folder / BUNDLE_FILE)) if report else None,
             attachments=content["attachments"],

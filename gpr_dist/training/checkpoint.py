@@ -22,11 +22,10 @@ from typing import Any
 
 import torch
 import xxhash
-from safetensors import safe_open
 
 from gpr_dist.config import Config
 from gpr_dist.errors import CheckpointError
-from gpr_dist.safety import inside
+from gpr_dist.safety import inside, open_tensors
 from gpr_dist.schema import write_atomic
 from gpr_dist.training.engine import Engine
 
@@ -92,7 +91,7 @@ def load(engine: Engine, folder: Path, expected: dict[str, str]) -> Restored:
     engine.finish_loading(state["optimizer_step"])
     rng_file = folder / rank_file(engine.rank)
     if rng_file.exists():  # on more ranks than before the new ones keep their seed: dropout differs, rows and weights do not
-        with safe_open(rng_file, "pt") as file:
+        with open_tensors(rng_file, CheckpointError) as file:
             torch.set_rng_state(file.get_tensor(RNG_KEY))
             if torch.cuda.is_available() and CUDA_RNG_KEY in file.keys():  # noqa: SIM118
                 torch.cuda.set_rng_state(file.get_tensor(CUDA_RNG_KEY))
@@ -280,7 +279,7 @@ def read_range(target: torch.Tensor, lo: int, hi: int, ranges: list[tuple[int, i
         a, b = max(lo, first), min(hi, last)
         if a < b:
             if file_name not in files:
-                files[file_name] = safe_open(folder / file_name, "pt")
+                files[file_name] = open_tensors(folder / file_name, CheckpointError)
             target[a - lo : b - lo].copy_(files[file_name].get_slice(tensor_name(name, state, first, last))[a - first : b - first])
             filled += b - a
     if filled != hi - lo:
