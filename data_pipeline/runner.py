@@ -98,12 +98,18 @@ def _ray_tasks(num_workers: int, memory_bytes: int) -> Iterator[Run]:
 
 
 def _connect(ray: Any, num_workers: int) -> None:
+    address = os.environ.get("RAY_ADDRESS")
     try:
-        ray.init(address="auto")
-        where = "found"
-    except ConnectionError:
+        ray.init(address=address or "auto")
+        where = address or "the one on this machine"
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        if address:
+            problem = str(error).partition("\n")[0]
+            raise ConfigError(f"no Ray cluster answers at RAY_ADDRESS={address} ({problem}); start it, or unset RAY_ADDRESS") from None
+        if not isinstance(error, ConnectionError):
+            raise
         ray.init(address="local", num_cpus=num_workers, include_dashboard=False, object_store_memory=100 << 20)  # data goes through files
-        where = "none found, so started on this machine for this build"
+        where = "none found, so one was started on this machine for this build"
     print(f"Ray cluster: {where}; {len(ray.nodes())} nodes, {ray.cluster_resources().get('CPU', 0):g} CPUs")
 
 

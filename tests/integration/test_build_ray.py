@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_build_data import config, digest, make_logs
@@ -87,7 +88,14 @@ def test_what_workers_say_and_how_they_die(tmp_path, kind, request, monkeypatch)
     assert "\n" not in str(error.value)
 
 
-def test_without_ray(monkeypatch):
+def test_without_ray_or_its_cluster(monkeypatch):
+    def init(address):
+        raise ConnectionError(f"{address} is silent\nfor minutes")
+
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False, init=init))
+    with pytest.raises(ConfigError, match=r"^no Ray cluster answers at RAY_ADDRESS=head:6379 \(head:6379 is silent\); start it"):
+        open_runner("ray", 2, 1 << 20).__enter__()
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match=r"pip install 'gpr-dist\[ray\]'"), open_runner("ray", 2, 1 << 20):
-        pass
+    with pytest.raises(ConfigError, match=r"pip install 'gpr-dist\[ray\]'"):
+        open_runner("ray", 2, 1 << 20).__enter__()
