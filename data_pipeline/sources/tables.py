@@ -82,7 +82,7 @@ def read_piece(file: FoundFile, table: TableFiles, columns: list[str], categoric
                 yield pa.Table.from_batches([batch]), first_row, []
                 first_row += batch.num_rows
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{file.path} is damaged or not a {file.format} file ({str(error).splitlines()[0]}); write it again") from None
+        raise _damaged(file, error) from None
 
 
 def _read_csv(file: FoundFile, table: TableFiles, columns: list[str]) -> Iterator[tuple[pa.Table, int, list[str]]]:
@@ -116,17 +116,23 @@ def read_table(table: TableFiles, columns: list[str]) -> Iterator[pa.Table]:
 
 
 def pieces(file: FoundFile) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """(rows, detail) of the parts of a file that can be read on their own: row groups, record batches, or a whole CSV."""
+    """(rows, detail) of the parts of a file that can be read on their own: row groups, record batches, or a whole CSV.
+
+    Raises: DataError when it is not of its format.
+    """
     if file.format == "csv":
         yield file.num_bytes // 40, ()
         return
-    with file.fs.open_input_file(_bare(file.path)) as source:
-        if file.format == "parquet":
-            meta = pq.ParquetFile(source).metadata
-            rows = [meta.row_group(number).num_rows for number in range(meta.num_row_groups)]
-        else:
-            reader = pa.ipc.open_file(source)
-            rows = [reader.get_batch(number).num_rows for number in range(reader.num_record_batches)]
+    try:
+        with file.fs.open_input_file(_bare(file.path)) as source:
+            if file.format == "parquet":
+                meta = pq.ParquetFile(source).metadata
+                rows = [meta.row_group(number).num_rows for number in range(meta.num_row_groups)]
+            else:
+                reader = pa.ipc.open_file(source)
+                rows = [reader.get_batch(number).num_rows for number in range(reader.num_record_batches)]
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _damaged(file, error) from None
     first, first_row, held = 0, 1, 0
     for number, num_rows in enumerate(rows):
         held += num_rows
@@ -145,7 +151,7 @@ def read_schema(file: FoundFile, table: TableFiles) -> pa.Schema:
         with file.fs.open_input_file(_bare(file.path)) as source:
             return pq.read_schema(source) if file.format == "parquet" else pa.ipc.open_file(source).schema
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{file.path} is damaged or not a {file.format} file ({str(error).splitlines()[0]}); write it again") from None
+        raise _damaged(file, error) from None
 
 
 def file_system(pattern: str) -> tuple[pyarrow.fs.FileSystem, str]:
@@ -163,6 +169,10 @@ def file_system(pattern: str) -> tuple[pyarrow.fs.FileSystem, str]:
     except OSError as error:
         raise _unreachable(pattern, error) from None
     return fs, _bare(pattern)
+
+
+def _damaged(file: FoundFile, error: Exception) -> DataError:
+    return DataError(f"{file.path} is damaged or not a {file.format} file ({str(error).splitlines()[0]}); write it again")
 
 
 def _unreachable(pattern: str, error: OSError) -> DataError:
