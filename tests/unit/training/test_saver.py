@@ -141,10 +141,10 @@ def test_room_is_looked_for_first(tmp_path, monkeypatch):
 
 
 class CountingFile:
-    """`safe_open`, counting the bytes of the slices taken."""
+    """An opened safetensors file, counting the bytes of the slices taken."""
 
-    def __init__(self, read: list[int], path: Path, framework: str) -> None:
-        self.file, self.read = checkpoint_safe_open(path, framework), read
+    def __init__(self, file: Any, read: list[int]) -> None:
+        self.file, self.read = file, read
 
     def get_slice(self, name: str) -> Any:
         return Slice(self.file.get_slice(name), self.read)
@@ -169,17 +169,14 @@ class Slice:
         return values
 
 
-checkpoint_safe_open = checkpoint.safe_open
-
-
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 2), (2, 1), (2, 4), (4, 2), (3, 8), (8, 3)])
 def test_a_rank_reads_its_share_of_the_bytes(tmp_path, monkeypatch, before, after):
     """Loading takes exactly the elements owned, checking an equal share of the blocks, whatever number of ranks wrote them."""
     monkeypatch.setattr(checkpoint, "BLOCK_BYTES", 512)
     weights = {name: torch.randn(shape) for name, shape in SHAPES.items()}
     folder = write_checkpoint(tmp_path / "step-000001", weights, before, fingerprints={"data": "d"})
-    loaded, checked, original = [], [], checkpoint.block_checksum
-    monkeypatch.setattr(checkpoint, "safe_open", lambda path, framework: CountingFile(loaded, path, framework))
+    loaded, checked, original, open_tensors = [], [], checkpoint.block_checksum, checkpoint.open_tensors
+    monkeypatch.setattr(checkpoint, "open_tensors", lambda *args: CountingFile(open_tensors(*args), loaded))
 
     def count(path: Path, start: int, num_bytes: int) -> str:
         checked.append(min(num_bytes, path.stat().st_size - start))
