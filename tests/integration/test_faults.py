@@ -18,6 +18,7 @@ from data_pipeline.tokenize_items import FitTokenizerConfig, build_tokenizer
 from gpr_dist.config import load_config
 from gpr_dist.schema import ShardManifest
 from gpr_dist.training import checkpoint
+from gpr_dist.training.tracker import read_events
 
 PATIENCE_S = 90
 
@@ -198,3 +199,6 @@ def test_rank_that_cannot_write_ends_all_ranks(tiny, python_run, tmp_path):
     assert complete_steps(run) == [1, 2] and len(checkpoint.list_steps(run)) == 2
     assert all("CheckpointError: saving" in line for line in job.errors()) and len(job.errors()) == 2, job.describe()
     assert any("File too large" in line for line in job.errors()) and "Traceback" not in job.stderr
+    told, ended = read_events(run)[-2:]
+    assert (told["kind"], ended["status"]) == ("checkpoint_failed", "failed") and "CheckpointError" in ended["error"]
+    assert "WARNING: saving" in job.stderr
