@@ -2,10 +2,12 @@
 
 import itertools
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from documents import launch_module
 from user_logs import SPLITS, USERS, build_users, files_with, manifests_of, write_user_logs
 
 from data_pipeline import erase
@@ -20,7 +22,8 @@ from gpr_dist.data.knowledge import KnowledgeVectors
 from gpr_dist.data.loader import LoaderConfig, build_loader
 from gpr_dist.data.reader import ShardReader
 from gpr_dist.data.sampler import World
-from gpr_dist.errors import ConfigError, DataError
+from gpr_dist.errors import CheckpointError, ConfigError, DataError
+from gpr_dist.training import checkpoint
 
 GONE = (USERS[3], USERS[17])
 CONTAINERS = {"arrow": {}, "webdataset": {"container": "webdataset"}, "zstd": {"compression": "zstd"}}
@@ -180,6 +183,26 @@ def test_what_is_refused(data, tmp_path):
         erase_from(data, *GONE)
     with pytest.raises(ValueError, match="017 is not 17"):
         EraseConfig(data=data, users=(17,))
+
+
+def test_the_script_says_what_went_and_how_to_go_on(data, monkeypatch, capsys):
+    def run(*options):
+        monkeypatch.setattr("sys.argv", ["erase_user.py", f"data={data}", f'users=["{GONE[0]}", "{GONE[1]}"]', *options])
+        launch_module("erase_user").main()
+        return capsys.readouterr().out
+
+    old = manifests_of(data)["train"].fingerprint
+    assert "2 user(s) found, nothing is changed (--dry-run)" in run("--dry-run") and manifests_of(data)["train"].fingerprint == old
+    shown = run()
+    assert "2 user(s) found and erased" in shown and f"data {old} is now {manifests_of(data)['train'].fingerprint}" in shown
+    assert "init_from=<run folder>" in shown and "0 user(s) found" in run()
+    assert not any(user in shown for user in GONE)
+
+
+def test_a_run_on_the_old_rows_is_told_how_to_go_on():
+    state, step = {"fingerprints": {"data": "before"}}, Path("runs/x/step-000001")
+    with pytest.raises(CheckpointError, match=r"trained with data before, this run uses data after; .* init_from=runs/x/step-000001 and"):
+        checkpoint._check(state, None, {"data": "after"}, step)
 
 
 def test_users_from_a_file(data, tmp_path):
