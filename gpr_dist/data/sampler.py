@@ -202,24 +202,24 @@ def pack_ranks(tokens_SCg: np.ndarray, world_size: int, micro_batch_tokens: int,
     bins_SWK = np.zeros(longest_first_SWK.shape, np.int64)
     packed_S = np.zeros(num_steps, bool)
     while not packed_S.all():
-        num_bins = num_bins_S[~packed_S].min()
-        steps = np.flatnonzero(~packed_S & (num_bins_S == num_bins))
-        bins_XK, fits_X = spread(np.concatenate(longest_first_SWK[steps]), num_bins, micro_batch_tokens, quadratic_at)
+        steps = np.flatnonzero(~packed_S)
+        num_bins_X = np.repeat(num_bins_S[steps], world_size)
+        bins_XK, fits_X = spread(np.concatenate(longest_first_SWK[steps]), num_bins_X, micro_batch_tokens, quadratic_at)
         bins_SWK[steps] = bins_XK.reshape(len(steps), world_size, -1)
-        fits = fits_X.reshape(len(steps), -1).all(1)
-        packed_S[steps] = fits
-        num_bins_S[steps[~fits]] += max(1, num_bins // 32)
+        packed_S[steps] = fits = fits_X.reshape(len(steps), -1).all(1)
+        num_bins_S[steps[~fits]] += np.maximum(1, num_bins_S[steps[~fits]] // 32)
     return longest_first_SWK, bins_SWK, num_bins_S
 
 
-def spread(tokens_XK: np.ndarray, num_bins: int, budget: int, quadratic_at: int) -> tuple[np.ndarray, np.ndarray]:
+def spread(tokens_XK: np.ndarray, num_bins_X: np.ndarray, budget: int, quadratic_at: int) -> tuple[np.ndarray, np.ndarray]:
     """Deal the rows of every rank and step X to bins of nearly equal work, the longest row first, each to the lightest bin.
 
     Args: tokens_XK: longest first; 0 where there is no row. A row longer than the budget gets a bin of its own.
     Returns: bin of every row, int64 [X, K], and whether all bins keep the token budget, bool [X]; where not, the bins mean nothing.
     """
     too_long_XK = tokens_XK > budget
-    shared_X = num_bins - too_long_XK.sum(1)  # bins for the rows that can share one; the others follow
+    num_bins = int(np.max(num_bins_X))
+    shared_X = num_bins_X - too_long_XK.sum(1)  # bins for the rows that can share one; the others follow
     shared_tokens_XK = np.where(too_long_XK, 0, tokens_XK)
     load_XP = np.where(np.arange(num_bins) < shared_X[:, None], 0.0, np.inf)
     bins_XK, _ = to_lightest(work(shared_tokens_XK, quadratic_at), load_XP)

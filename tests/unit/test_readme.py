@@ -50,6 +50,11 @@ JOBS: dict[str, tuple[type[Config], str | None]] = {  # script -> its config and
     "report.py tokenizer": (launch_module("report").TokenizerReportConfig, "configs/tokenizer/complete_journey.yaml"),
     "report.py drift": (launch_module("report").DriftReportConfig, None),
     "migrate.py": (launch_module("migrate").MigrateConfig, None),
+    "report.py run": (launch_module("report").RunReportConfig, None),
+    "doctor.py": (launch_module("doctor").DoctorConfig, "configs/pretrain.yaml"),
+    "erase_user.py": (launch_module("erase_user").EraseConfig, None),
+    "bench.py balance": (launch_module("bench_balance").BalanceBenchConfig, None),
+    "bench.py checkpoint": (launch_module("bench_checkpoint").CheckpointBenchConfig, None),
     "compare.py": (launch_module("compare").CompareConfig, "configs/compare/ablation.yaml"),
 }
 
@@ -95,6 +100,7 @@ def test_every_script_and_copied_file_is_there_and_shown():
     shown = {script.split()[0] for script, _ in launches()}
     scripts = {path.name for path in (ROOT / "launch").glob("*.py") if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")}
     children = {f"bench_{name}_{whose}.py" for name in ("step", "decode") for whose in ("ours", "peers")}  # processes of bench.py
+    children.add("bench_checkpoint.py")  # calls itself
     assert shown == scripts - children
     assert len(launches()) >= 16 and all((ROOT / source).is_file() for source in copies().values())
 
