@@ -20,7 +20,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "PAPER.md")}
 STRICT = {"--strict": "a switch"}
 FLAGS = {"recommend.py": {"--bench": "a switch"}, "table3.py": {"--table": "a switch"},
-         "fit_tokenizer.py": {"--append": "a switch"}, "report.py tokenizer": STRICT, "report.py drift": STRICT}
+         "fit_tokenizer.py": {"--append": "a switch"}, "report.py tokenizer": STRICT, "report.py drift": STRICT,
+         "report.py run": STRICT}
 
 
 JOBS: dict[str, tuple[type[Config], str | None]] = {  # script -> its config and the file it reads without --config
@@ -92,7 +93,8 @@ def test_every_command_is_accepted(script, arguments):
     config_class, default = JOBS[script]
     files = [copies().get(argument, argument) for argument in arguments]
     arguments = [str(ROOT / new) if new != old or old.startswith("configs/") else old for new, old in zip(files, arguments, strict=True)]
-    config, _ = parse_cli(config_class, "", default and ROOT / default, arguments, FLAGS.get(script))
+    config, _ = parse_cli(config_class, "", default and ROOT / default, arguments, FLAGS.get(script),
+                          words="runs" if script == "report.py run" else None)
     assert isinstance(config, config_class)
 
 
