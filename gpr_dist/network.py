@@ -25,6 +25,19 @@ def check_launcher() -> None:
                               "per host (launch/cluster.md)")
 
 
+def shares_store() -> bool:
+    """Whether torchrun's ranks meet in a store that outlives their restart, with the addresses of the dead in it (PyTorch 2.13; 2.11 and
+    2.12 were not looked at).
+
+    Raises: ConfigError where ranks of several hosts may be restarted: only torchrun itself could give each attempt a store of its own.
+    """
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        raise ConfigError(f"torchrun --max-restarts={os.environ['TORCHELASTIC_MAX_RESTARTS']} on several hosts: restarted ranks would look for "
+                          "the dead ones; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of every torchrun (launch/cluster.md)")
+    return shared
+
+
 def spans_hosts() -> bool:
     """Whether the launcher (torchrun or deepspeed) started ranks of this job on other hosts too."""
     here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")

@@ -28,7 +28,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from gpr_dist.config import Config  # noqa: E402
 from gpr_dist.errors import ConfigError  # noqa: E402
-from gpr_dist.network import check_launcher, interface_to, spans_hosts  # noqa: E402
+from gpr_dist.network import check_launcher, interface_to, shares_store, spans_hosts  # noqa: E402
 from gpr_dist.training.watchdog import COLLECTIVE_MARGIN_S  # noqa: E402
 
 STATES = ("param", "exp_avg", "exp_avg_sq")
@@ -97,8 +97,13 @@ def init_distributed(timeout_seconds: float = 1800.0) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _import_muon()
     timeout = timedelta(seconds=timeout_seconds + COLLECTIVE_MARGIN_S) if timeout_seconds else timedelta(days=365)
+    backend, attempt = "nccl" if cuda else "gloo", os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if shares_store() and attempt != "0":
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
+        dist.init_process_group(backend, store=dist.PrefixStore(f"attempt-{attempt}", store), rank=int(os.environ["RANK"]),
+                                world_size=int(os.environ["WORLD_SIZE"]), timeout=timeout)
     with contextlib.redirect_stdout(None):
-        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=timeout, verbose=False)
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
 
 
 def _import_muon() -> None:

@@ -202,3 +202,26 @@ def test_rank_that_cannot_write_ends_all_ranks(tiny, python_run, tmp_path):
     told, ended = read_events(run)[-2:]
     assert (told["kind"], ended["status"]) == ("checkpoint_failed", "failed") and "CheckpointError" in ended["error"]
     assert "WARNING: saving" in job.stderr
+
+
+@pytest.mark.soak
+def test_restarts_by_torchrun_and_launchers_that_die(tiny, torchrun_run, tmp_path):
+    """torchrun --max-restarts starts a killed rank's job again; a killed torchrun or deepspeed takes its ranks along; then to the end."""
+    run = tmp_path / "runs" / "orphans"
+    overrides = [f"data.folder={tiny}/data", f"run.folder={tmp_path}/runs", "run.name=orphans", "train.checkpoint.every_steps=1"]
+    for number, launcher in enumerate(("torchrun", "deepspeed")):
+        before = max(complete_steps(run), default=0) if run.exists() else 0
+        with Pretraining(tmp_path / f"job-{number}", overrides, launcher=launcher, environment={"PET_MAX_RESTARTS": "1"}) as job:
+            wait_for(job, lambda before=before: (run / f"step-{before + 1:06d}" / "manifest.json").exists(), "first checkpoint")
+            if launcher == "torchrun":
+                os.kill(job.ranks()[1], signal.SIGKILL)
+                wait_for(job, lambda: "resuming" in job.stderr, "restart", pause=0.05)
+            job.processes[0].kill()
+            job.wait(10)
+            deadline = time.monotonic() + 30
+            while left := members_of(job.mark):
+                assert time.monotonic() < deadline, f"{launcher} is gone, {left} are not\n{job.describe()}"
+                time.sleep(0.05)
+        assert complete_steps(run)[-1] < NUM_STEPS
+    run_pretraining(tmp_path / "last", overrides)
+    assert logged_losses(run) == logged_losses(torchrun_run[1])
