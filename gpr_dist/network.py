@@ -33,8 +33,8 @@ def shares_store() -> bool:
     """
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if shared and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
-        raise ConfigError(f"torchrun --max-restarts={os.environ['TORCHELASTIC_MAX_RESTARTS']} on several hosts: restarted ranks would look for "
-                          "the dead ones; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of every torchrun (launch/cluster.md)")
+        raise ConfigError("torchrun --max-restarts on several hosts: restarted ranks would look for the dead ones in the store they "
+                          "share; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of every torchrun (launch/cluster.md)")
     return shared
 
 

@@ -65,3 +65,16 @@ def test_processes_that_nobody_told_apart_do_not_train(monkeypatch):
 
 def test_an_unknown_name_has_no_route():
     assert network._source_address("no-such-host.invalid") is None
+
+
+def test_restarts_over_several_hosts_need_a_store_of_each_attempts_own(monkeypatch):
+    for name, value in (("TORCHELASTIC_USE_AGENT_STORE", "True"), ("TORCHELASTIC_MAX_RESTARTS", "3"), ("GROUP_WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    assert network.shares_store()  # one host: the engine separates the attempts
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE"):
+        network.shares_store()
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    assert network.shares_store()
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")  # what that variable leads to
+    assert not network.shares_store()

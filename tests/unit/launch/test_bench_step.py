@@ -78,7 +78,8 @@ def test_what_a_part_keeps_for_its_backward_grows_with_the_rows_alone(ours):
     assert set(kept[0]) == set(ours.PARTS) - {"optimizer"}
     for part in ("HSD without attention", "PTD generation", "code loss"):
         assert kept[1][part] == pytest.approx(2 * kept[0][part], rel=0.3)
-    linear = ours.Part(torch.nn.Linear(3, 5), lambda x: torch.nn.functional.silu(x @ x.new_ones(3, 5)), torch.zeros(7, 3, requires_grad=True))
+    inputs = torch.zeros(7, 3, requires_grad=True)
+    linear = ours.Part(torch.nn.Linear(3, 5), lambda x: torch.nn.functional.silu(x @ x.new_ones(3, 5)), inputs)
     assert linear.kept_bytes() == 4 * (3 * 5 + 7 * 5)  # the product's right side and silu's input; its left side needs none
 
 
