@@ -1,6 +1,8 @@
 """The local JSONL is the truth: always parsable, consistent after a resume, and W&B's failures do not stop it."""
 
 import json
+import socket
+import time
 
 import pytest
 import wandb
@@ -122,6 +124,25 @@ def test_wandb_that_cannot_start_stops_nothing(tmp_path, monkeypatch, capsys):
     t.log(1, {"loss": 1.0})
     t.close()
     assert len(strict_lines(tmp_path)) == 1 and "no such entity" in capsys.readouterr().err
+
+
+def test_a_wandb_server_that_never_answers_stops_nothing(tmp_path, monkeypatch, capsys):
+    """It accepts the connection and is silent. The wait is the tracker's own, shortened here, and said in one line."""
+    asked, settings = [], wandb.Settings
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # the kernel accepts; nobody reads
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+        monkeypatch.setattr(wandb, "Settings", lambda **given: asked.append(given) or settings(**given | {"init_timeout": 3}))
+        began = time.monotonic()
+        t = tracker(tmp_path, config=TrackerConfig(wandb="online", progress=False))
+        t.log(1, {"loss": 1.0})
+        t.close()
+        assert time.monotonic() - began < 20 and asked[0]["init_timeout"] <= 30
+        silent.settimeout(1)
+        silent.accept()[0].close()  # it was asked
+        wandb.teardown()
+    assert [line["step"] for line in strict_lines(tmp_path)] == [1]
+    assert capsys.readouterr().err.count("W&B could not be started") == 1
 
 
 @pytest.mark.parametrize(("environment", "key", "mode"), [({}, None, "offline"), ({}, "secret", "online"),
