@@ -76,7 +76,7 @@ class ShardReader:
                 messages.read_next_message()  # the schema is the same in every member; to decode it costs more than the batch
                 message = messages.read_next_message()
             batch = pa.ipc.read_record_batch(message, JOURNEY_SCHEMA)
-        except (pa.ArrowException, OSError, StopIteration) as error:
+        except (pa.ArrowException, OSError, EOFError, StopIteration) as error:
             raise DataError(f"{self._where(number)} is not a record batch of journeys ({error}); {_REBUILD}") from None
         if batch.num_rows != self.num_rows[number]:
             raise DataError(f"{self._where(number)} has {batch.num_rows} rows, the index says {self.num_rows[number]}; {_REBUILD}")

@@ -229,6 +229,36 @@ def test_a_damaged_batch_stops_or_is_skipped_alike(tmp_path):
     assert sorted(itertools.chain(*steps)) == [row for row in range(403) if not 96 <= row < 104]
 
 
+@pytest.mark.parametrize(("damage", "problem"), [
+    (lambda path: path.unlink(), r"part-0000\d-\d{4}.arrow batch \d cannot be read \(.*No such file"),
+    (lambda path: path.write_bytes(b"\xff" * path.stat().st_size), r"part-0000\d-\d{4}.arrow batch \d is damaged: checksum")])
+def test_a_shard_that_goes_while_the_loader_runs_stops_or_is_skipped(tmp_path, damage, problem, caplog):
+    """Removed or overwritten after the first step, before it was opened: an opened one lives on in memory."""
+    for on_corrupt in ("stop", "skip"):
+        split = tmp_path / on_corrupt
+        write_split(split, JOURNEYS, num_parts=3)
+        loader, = loaders(split, 1, CONFIG.model_copy(update={"on_corrupt": on_corrupt, "prefetch_steps": 0}))
+        reader, steps = loader.reader, iter(loader)
+        seen = [row for batch in next(steps).micro_batches for row in batch.row_ids_B.tolist()]
+        with reader._lock:  # the next window is being read meanwhile
+            shard = max(set(range(len(reader.manifest.shards))) - set(reader._mapped))
+            damage(split / reader.manifest.shards[shard].name)
+        rest = itertools.islice(steps, loader.steps_per_epoch - 1)
+        if on_corrupt == "stop":
+            with pytest.raises(DataError, match=problem) as raised:
+                list(rest)
+            assert "\n" not in str(raised.value)
+            continue
+        seen += [row for step in rest for batch in step.micro_batches for row in batch.row_ids_B.tolist()]
+        gone = reader._index["shard"] == shard
+        lost = np.concatenate([np.arange(first, first + num) for first, num in zip(reader.first_row[gone], reader.num_rows[gone],
+                                                                                    strict=True)])
+        assert len(lost) and sorted([*seen, *lost]) == list(range(403))
+        # more, if the next epoch's first window has been read
+        assert reader.num_skipped_batches >= gone.sum() and reader.num_skipped_rows >= len(lost)
+        assert f"{reader.manifest.shards[shard].name} batch" in caplog.text
+
+
 def test_codes_of_another_catalogue_are_refused(folder):
     with pytest.raises(DataError, match=rf"catalogue has {NUM_ITEMS} items, the tokenizer 7"):
         build_loader(folder, CONFIG, World(), CODES[:7], 4)

@@ -84,6 +84,19 @@ def test_missing_truncated_and_empty_shards(tmp_path):
         assert all(there[:5]) and all(there[7:]) and not there[6]
 
 
+def test_a_shard_overwritten_after_its_checksum_was_compared(tmp_path):
+    """Cut and filled with zeros in place: Arrow's own checks are all that is left, and their errors are ours too."""
+    folder = build(tmp_path)
+    reader = ShardReader(folder)
+    reader.read_batch(0)
+    with open(folder / reader.manifest.shards[0].name, "r+b") as file:
+        file.write(bytes(reader.manifest.shards[0].num_bytes))
+    with pytest.raises(DataError, match=r"part-00000-0000.arrow batch 0 is not a record batch"):
+        reader.read_batch(0)
+    with pytest.raises(DataError, match=r"part-00000-0000.arrow batch 1 is damaged"):
+        reader.read_batch(1)
+
+
 def test_interrupted_build_has_no_manifest(tmp_path):
     with ShardWriter(tmp_path, 0, ShardConfig()) as writer:
         writer.write(JOURNEYS)
