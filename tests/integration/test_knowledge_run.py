@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -36,7 +37,8 @@ def knowledge(tiny, tmp_path_factory):
     (folder / "knowledge.yaml").write_text(yaml.safe_dump(settings(tiny, folder / "first")))
     done = launch("build_knowledge.py", folder, "--config", "knowledge.yaml")
     assert done.returncode == 0, done.stderr
-    assert "user u" in done.stdout and "  habits: about " in done.stdout and 'without a text ("absent")' in done.stdout
+    assert re.search(r"^user [0-9a-f]{32}$", done.stdout, re.MULTILINE), "ids are hashes"
+    assert "  habits: about " in done.stdout and 'without a text ("absent")' in done.stdout
     return folder / "first"
 
 
