@@ -4,28 +4,17 @@ The law: where the ranks are makes no difference. Losses equal those of the same
 """
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from host_runs import CLEAN, EVERYWHERE, PATIENCE_S, SCRIPT, describe_processes, processes_with, torchrun_command
 from hosts import Host, hosts, write_hostfile
-from pretrain_runs import NUM_STEPS, TINY, environment_of, logged_losses, run_pretraining
-from ranks import ROOT
+from pretrain_runs import NUM_STEPS, TINY, logged_losses, run_pretraining
 
 from gpr_dist.training.checkpoint import list_steps, read_manifest, verify
-
-BIN = Path(sys.executable).parent
-CLEAN = {"PATH": f"{BIN}:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": os.environ.get("HOME", "/root"), "PYTHONPATH": str(ROOT),
-         "PYTHONWARNINGS": "ignore"}
-"""what a user's shell has; ssh carries none of it, DeepSpeed the names that begin with PYTHON"""
-EVERYWHERE = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
-"""what every rank needs beside it: from the shell with torchrun, from .deepspeed_env with deepspeed"""
-SCRIPT = str(ROOT / "launch" / "pretrain.py")
-PATIENCE_S = 300
 
 
 def run_deepspeed(used: list[Host], folder: Path, overrides: list[str], *options: str) -> str:
@@ -49,9 +38,7 @@ def run_on_each(used: list[Host], folder: Path, commands: list[list[str]]) -> st
 
 def run_torchrun(used: list[Host], folder: Path, overrides: list[str]) -> str:
     """The same `torchrun` command on every host."""
-    command = ["torchrun", "--nnodes", str(len(used)), "--nproc-per-node", "1", "--rdzv-backend", "c10d",
-               "--rdzv-endpoint", f"{used[0].name}:29500", "--rdzv-id", "test", SCRIPT, *TINY, *overrides]
-    return run_on_each(used, folder, [command] * len(used))
+    return run_on_each(used, folder, [torchrun_command(used[0], overrides, str(len(used)))] * len(used))
 
 
 def run_deepspeed_by_hand(used: list[Host], folder: Path, overrides: list[str]) -> str:
@@ -110,11 +97,6 @@ def test_three_hosts_train_as_one_and_two_go_on(tiny, tmp_path):
         assert logged_losses(tmp_path / "runs" / name) == pytest.approx(expected, rel=1e-6)
 
 
-def processes_with(text: str) -> list[int]:
-    """Of this machine, hosts included, that have `text` in their environment."""
-    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and text in str(environment_of(int(entry.name)))]
-
-
 @pytest.mark.soak
 @pytest.mark.parametrize(("launcher", "stop"), [("torchrun", ["-TERM", "-f", "bin/torchrun "]),
                                                 ("deepspeed", ["-USR1", "-f", "[p]retrain.py --local_rank"])])
@@ -140,7 +122,7 @@ def test_a_signal_on_one_host_saves_and_ends_all(tiny, tmp_path, launcher, stop)
             codes = [process.wait(PATIENCE_S) for process in started]
         text = (folder / "log").read_text()[-8000:]
         left = processes_with(f"'JOB': '{folder}'")
-        assert left == [], f"left running: {[(pid, Path(f'/proc/{pid}/cmdline').read_text()[:200]) for pid in left]}\n{text}"
+        assert left == [], f"left running: {describe_processes(left)}\n{text}"
     assert all(codes), f"{codes}: a stopped run looks finished\n{text}"
     assert [verify(step) for step in list_steps(run)] == [None], text
     assert int(list_steps(run)[0].name.removeprefix("step-")) == max(logged_losses(run)), text
