@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hosts import Host
-from pretrain_runs import TINY, environment_of
+from pretrain_runs import TINY, environment_of, is_rank
 from ranks import ROOT
 
 BIN = Path(sys.executable).parent
@@ -58,6 +58,10 @@ class HostsJob:
             return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {timeout} s: {self.left()}\n{self.said[-6000:]}") from None
+
+    def ranks(self) -> list[int]:
+        """Process ids of its ranks that still run, on whatever host."""
+        return [pid for pid in processes_with(f"'JOB': '{self.folder}'") if is_rank(pid)]
 
     def left(self) -> list[str]:
         """Processes of the job that still run, on whatever host."""
